@@ -1,0 +1,27 @@
+"""When a step closes and which gradients count: one set of rules for runs, replays and tests."""
+
+from mpisync.policies.asynchronous import Async
+from mpisync.policies.backup import BackupWorkers
+from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
+from mpisync.policies.deadline import Deadline
+from mpisync.policies.files import RecordWriter, read_record
+from mpisync.policies.forms import parse_policy
+from mpisync.policies.records import ArrivalRecord, RunHeader, StepRecord
+from mpisync.policies.replay import Replay
+
+__all__ = [
+    "Arrival",
+    "ArrivalRecord",
+    "Async",
+    "BackupWorkers",
+    "Deadline",
+    "Decision",
+    "OpenStep",
+    "Policy",
+    "RecordWriter",
+    "Replay",
+    "RunHeader",
+    "StepRecord",
+    "parse_policy",
+    "read_record",
+]

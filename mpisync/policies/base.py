@@ -1,0 +1,184 @@
+"""What a policy is: the rules by which a step accepts gradients and closes.
+
+A policy is a pure function of what it is shown: no clock, no MPI, no arrays. Whoever owns the open
+step (the root aggregator, a simulator, a test) plays it by four rules:
+
+1. Every arrival is judged (`Policy.judge`): when its header comes, to learn whether its payload is
+   worth asking for, and again when it is whole, with the time of that as `Arrival.at_s`.
+2. ACCEPT of a whole gradient appends it to `OpenStep.accepted`. HOLD keeps it in `OpenStep.held`;
+   what is held is judged again after each acceptance and when the next step opens. LATE is final.
+3. `Policy.closes` is asked after each acceptance, when a gradient was held, when a worker has died
+   and at `Policy.wakes_at`.
+4. A worker whose gradient got its verdict begins its next one at the version that
+   `Policy.resumes_at` names, and not before that version is published.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import math
+import operator
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+__all__ = ["Arrival", "Decision", "OpenStep", "Policy"]
+
+
+class Decision(enum.Enum):
+    """What becomes of a gradient that has arrived, as things stand.
+
+    Example:
+        >>> Decision.LATE.name
+        'LATE'
+    """
+
+    ACCEPT = "accept"
+    """It counts in the open step."""
+    HOLD = "hold"
+    """It cannot count in the open step now: keep it and judge it again."""
+    LATE = "late"
+    """No step can use it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One gradient, as a policy sees it.
+
+    Attributes:
+        worker: Who computed it, from 0.
+        sequence: Which computation of that worker it is, from 0.
+        version: The version of the parameters it was computed at.
+        at_s: When it arrived, by the root's monotonic clock.
+
+    Example:
+        >>> Arrival(worker=2, sequence=7, version=5, at_s=0.25).version
+        5
+    """
+
+    worker: int
+    sequence: int
+    version: int
+    at_s: float
+
+
+@dataclass(slots=True)
+class OpenStep:
+    """The open step. Its owner changes it, a policy only reads it.
+
+    Attributes:
+        step: Its number, which is the version of the parameters it updates.
+        opened_s: When it opened, by the root's monotonic clock.
+        workers: How many workers the run was started with.
+        alive: Those that have not died.
+        accepted: What counts so far, whole, in order of acceptance.
+        held: What has arrived and waits for its turn; it outlives the step.
+
+    Example:
+        >>> step = OpenStep(step=0, opened_s=0.0, workers=4, alive={0, 1, 3})
+        >>> step.accepted.append(Arrival(worker=2, sequence=0, version=0, at_s=0.1))
+        >>> step.has(2), step.has(3), step.reachable  # worker 2 died after its gradient was in
+        (True, False, 4)
+    """
+
+    step: int
+    opened_s: float
+    workers: int
+    alive: Set[int]
+    accepted: list[Arrival] = field(default_factory=list)
+    held: list[Arrival] = field(default_factory=list)
+
+    def has(self, worker: int) -> bool:
+        """Say whether this worker's gradient is in already."""
+        for arrival in self.accepted:  # a plain loop: half the price of any() with a generator
+            if arrival.worker == worker:
+                return True
+        return False
+
+    @property
+    def reachable(self) -> int:
+        """How many workers' gradients this step can have: those alive, and the dead that are in."""
+        if len(self.alive) == self.workers:
+            return self.workers
+        return len({arrival.worker for arrival in self.accepted}.union(self.alive))
+
+
+class Policy(abc.ABC):
+    """When a step closes, and which gradients count in it.
+
+    Policies are immutable and print as their command-line form (see `parse_policy`).
+
+    Example:
+        >>> from mpisync.policies import BackupWorkers
+        >>> policy = BackupWorkers(1)
+        >>> step = OpenStep(step=0, opened_s=0.0, workers=3, alive={0, 1, 2})
+        >>> for worker in (2, 0):
+        ...     arrival = Arrival(worker, sequence=0, version=0, at_s=0.1)
+        ...     assert policy.judge(arrival, step) is Decision.ACCEPT
+        ...     step.accepted.append(arrival)
+        >>> policy.closes(step, now_s=0.1)
+        True
+    """
+
+    @property
+    @abc.abstractmethod
+    def staleness(self) -> int | None:
+        """How many versions an accepted gradient may lag; None for any number.
+
+        At 0 a worker gives one gradient a step at most: once accepted it resumes at the next.
+        """
+
+    @property
+    def steps(self) -> int | None:
+        """The version at which the run must end; None where the policy sets no end."""
+        return None
+
+    @abc.abstractmethod
+    def check(self, workers: int) -> None:
+        """Refuse a number of workers with which a step could never close.
+
+        Raises:
+            ValueError: It says which number breaks which rule, and what to do.
+        """
+
+    @abc.abstractmethod
+    def target(self, step: OpenStep) -> int:
+        """How many gradients the step wants, as things stand: N."""
+
+    @abc.abstractmethod
+    def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
+        """Say what becomes of a gradient that has arrived."""
+
+    @abc.abstractmethod
+    def closes(self, step: OpenStep, now_s: float) -> bool:
+        """Say whether the step closes now."""
+
+    def wakes_at(self, step: OpenStep) -> float:
+        """When to ask `closes` again though nothing arrives; infinity if time plays no part."""
+        return math.inf
+
+    def resumes_at(self, worker: int, sequence: int, newest: int) -> int:
+        """The version at which a worker begins computation `sequence`.
+
+        Args:
+            worker: Whose computation it is.
+            sequence: Its number.
+            newest: The newest version there is for it. For a worker whose gradient was accepted
+                under staleness 0 that is the version which the open step will make.
+        """
+        return newest
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """Return the command-line form, which `parse_policy` reads."""
+
+
+def whole_number(name: str, value: int, minimum: int, advice: str) -> int:
+    """Return `value` as an int, or refuse it by name."""
+    try:
+        number = int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {number}: {advice}")
+    return number

@@ -1,0 +1,177 @@
+"""The file of a record: one JSON object a line, first the run, then each step as it closed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from mpisync.policies.lines import intact, load, seal, unseal
+from mpisync.policies.records import FORMAT, RunHeader, StepChecker, StepRecord
+
+__all__ = ["RecordWriter", "read_record"]
+
+
+class RecordWriter:
+    """Writes a record, one whole line at a time.
+
+    Args:
+        path: A file that does not exist yet, or is empty: a record holds one run.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "record.jsonl")
+        >>> with RecordWriter(path) as writer:
+        ...     writer.header(RunHeader("backup:1", 2, 0, 0.0, "1", ["a", "a"]))
+        ...     writer.step(StepRecord(0, 0.0, 0.5, 0.6, 1, 2, [(1, 0, 0)], []))
+        >>> header, steps = read_record(path)
+        >>> header.workers, steps[0].accepted
+        (2, [(1, 0, 0)])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file."""
+        self.path = os.fspath(path)
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise self._named(error, "give a path in a directory you may write to") from None
+        self._begun = False
+        if self._file.tell():
+            self._file.close()
+            raise FileExistsError(
+                f"the record {self.path} holds a run already, and a record holds one: "
+                "give another path or move it away"
+            )
+
+    def header(self, header: RunHeader) -> None:
+        """Write the first line."""
+        if self._begun:
+            raise RuntimeError(f"the record {self.path} has its header already")
+        self._begun = True
+        self._write({"kind": "run", **header.__dict__})
+
+    def step(self, step: StepRecord) -> None:
+        """Write the next step."""
+        if not self._begun:
+            raise RuntimeError(f"the record {self.path} has no header yet: write it first")
+        self._write({"kind": "step", **step.__dict__})
+
+    def _write(self, document: dict[str, Any]) -> None:
+        line = memoryview(seal(document))
+        try:
+            while line:  # an unbuffered write may be partial
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.close()  # a line is torn here: nothing may follow it
+            raise self._named(error, "free space on its file system or give another path") from None
+
+    def _named(self, error: OSError, advice: str) -> OSError:
+        reason = f"the record cannot be written ({error.strerror}): {advice}"
+        return type(error)(error.errno, reason, self.path)
+
+    def close(self) -> None:
+        """Close the file; more than once is harmless."""
+        self._file.close()
+
+    def __enter__(self) -> RecordWriter:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the file."""
+        self.close()
+
+
+def read_record(
+    path: str | os.PathLike[str], *, strict: bool = False
+) -> tuple[RunHeader, list[StepRecord]]:
+    """Read and check a record.
+
+    Args:
+        path: The file.
+        strict: Refuse a torn last line, which is what a run that was killed may leave; otherwise it
+            is dropped with a warning.
+
+    Returns:
+        The run, and its steps in order.
+
+    Raises:
+        ValueError: It names the line and the rule that it breaks.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "record.jsonl")
+        >>> with RecordWriter(path) as writer:
+        ...     writer.header(RunHeader("async:k=1", 2, 0, 0.0, "1", ["a", "a"]))
+        >>> read_record(path)[1]
+        []
+    """
+    path = os.fspath(path)
+    header: RunHeader | None = None
+    steps: list[StepRecord] = []
+    checker = StepChecker()
+    for number, line in _lines(path, strict):
+        try:
+            document = unseal(line)
+            if header is None:
+                header = _run_header(document)
+                checker = StepChecker(header.workers)
+            else:
+                steps.append(_step_record(document))
+                checker.check(steps[-1])
+        except ValueError as error:
+            raise ValueError(f"record {path}, line {number}: {error}") from None
+    if header is None:
+        raise ValueError(f"record {path}, line 1: the first line must be the run's, but is missing")
+    return header, steps
+
+
+def _lines(path: str, strict: bool) -> Iterator[tuple[int, bytes]]:
+    """Yield the numbered lines; a torn last one is the caller's only if it must be refused."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield number, line[:-1]
+            elif intact(line):  # an editor took the last line's end, and nothing else
+                yield number, line
+            elif strict:
+                raise ValueError(
+                    f"record {path}, line {number}: the line is torn, as when a run is killed "
+                    "in the midst of writing: delete it to use the steps before it"
+                )
+            else:
+                warnings.warn(
+                    f"record {path}, line {number}: the line is torn and was dropped",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+
+def _run_header(document: dict[str, Any]) -> RunHeader:
+    if document.pop("kind", None) != "run":
+        raise ValueError("the first line must be the run's, but it is not")
+    if document.get("format") != FORMAT:
+        raise ValueError(
+            f"the record has format {document.get('format')!r}, but this mpisync reads format "
+            f"{FORMAT}: read it with the version that wrote it"
+        )
+    header = load(RunHeader, document)
+    if header.workers < 1 or len(header.hosts) != header.workers:
+        raise ValueError(
+            f"a run has at least 1 worker and a host for each, but here are {header.workers} "
+            f"workers and {len(header.hosts)} hosts"
+        )
+    return header
+
+
+def _step_record(document: dict[str, Any]) -> StepRecord:
+    kind = document.pop("kind", None)
+    if kind != "step":
+        raise ValueError(f"every line but the first must be a step's, but this is of kind {kind!r}")
+    return load(StepRecord, document)

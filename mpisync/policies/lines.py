@@ -1,0 +1,144 @@
+"""How an object becomes one line of a record, and back.
+
+A line is a JSON object that ends in the CRC-32 of what stands before it, so that a torn or edited
+line is seen. A number that JSON lacks (nan, inf) is written as a string.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import types
+import typing
+import zlib
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Json: TypeAlias = Any  # what json.loads may return
+Kind: TypeAlias = Any  # a type, or what stands for one in a hint, as list[int] does
+
+_SEAL = b',"crc32":"'
+_SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """Return the line of an object, its end of line included."""
+    try:
+        text = _encode(document)
+    except ValueError:  # a nan or inf somewhere, which is rare
+        text = _encode(_spell(json.loads(json.dumps(document, default=_plain))))
+    body = text.encode()
+    return b'%s%s%08x"}\n' % (body[:-1], _SEAL, zlib.crc32(body))
+
+
+def intact(line: bytes) -> bool:
+    """Say whether a line matches its checksum."""
+    body, seal, check = line.rpartition(_SEAL)
+    return bool(seal) and check == b'%08x"}' % zlib.crc32(body + b"}")
+
+
+def unseal(line: bytes) -> dict[str, Any]:
+    """Return the object of a line that matches its checksum."""
+    if not intact(line):
+        raise ValueError(
+            "the line must match its checksum, but does not: it was edited or damaged; "
+            "restore the file or record the run again"
+        )
+    document: dict[str, Any] = json.loads(line)
+    del document["crc32"]
+    return document
+
+
+def load(kind: type[T], document: dict[str, Any]) -> T:
+    """Make a dataclass of an object, every field held against its type.
+
+    Raises:
+        ValueError: It names the field and what it must be.
+    """
+    value: T = _value(kind, document, "")
+    return value
+
+
+def _plain(value: object) -> object:
+    """Reduce what JSON does not know: our dataclasses, and numbers that are not Python's own."""
+    if is_dataclass(value):
+        return vars(value)
+    if hasattr(value, "__index__"):
+        return operator.index(value)
+    if hasattr(value, "__float__"):
+        return float(value)
+    raise TypeError(f"a record holds numbers, text, lists and objects, not {value!r}")
+
+
+_encode = json.JSONEncoder(
+    allow_nan=False, check_circular=False, separators=(",", ":"), default=_plain
+).encode
+
+
+def _spell(value: Json) -> Json:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_spell(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _spell(item) for key, item in value.items()}
+    return value
+
+
+def _value(kind: Kind, value: Json, where: str) -> Json:
+    """Return a JSON value as a value of this type; `where` is its place in the object."""
+    if kind in (int, str, bool):  # a bool is no int here
+        return _expect(type(value) is kind, kind.__name__, value, where)
+    if kind is float:
+        if isinstance(value, str):
+            return _expect(value in _SPELLED, "float", _SPELLED.get(value, value), where)
+        return float(_expect(type(value) in (int, float), "float", value, where))
+    if is_dataclass(kind):
+        return _object(kind, _expect(type(value) is dict, "object", value, where), where)
+    origin: Kind = typing.get_origin(kind)
+    parts = typing.get_args(kind)
+    if origin is types.UnionType:  # the only unions here are `X | None`
+        return None if value is None else _value(parts[0], value, where)
+    if origin is Literal:
+        return _expect(value in parts, " or ".join(parts), value, where)
+    if origin is dict:
+        items = _expect(type(value) is dict, "object", value, where).items()
+        return {key: _value(parts[1], item, f"{where}.{key}") for key, item in items}
+    if origin in (list, tuple):
+        _expect(type(value) is list, "list", value, where)
+        if origin is list:
+            parts = parts * len(value)
+        _expect(len(value) == len(parts), f"list of {len(parts)}", value, where)
+        return origin(_value(part, item, where) for part, item in zip(parts, value, strict=True))
+    return value  # Any
+
+
+def _object(kind: Kind, document: dict[str, Any], where: str) -> Json:
+    known = _fields(kind)
+    for name in document.keys() - known.keys():
+        raise ValueError(f"{kind.__name__} has no field {name}")
+    arguments = {}
+    for name, (type_, required) in known.items():
+        if name in document:
+            arguments[name] = _value(type_, document[name], f"{where}.{name}" if where else name)
+        elif required:
+            raise ValueError(f"{kind.__name__} must have the field {name}, but it is missing")
+    return kind(**arguments)
+
+
+@cache
+def _fields(kind: Kind) -> dict[str, tuple[Any, bool]]:
+    hints = typing.get_type_hints(kind)
+    return {
+        item.name: (hints[item.name], item.default is item.default_factory is MISSING)
+        for item in fields(kind)
+    }
+
+
+def _expect(condition: bool, name: str, value: Json, where: str) -> Json:
+    if not condition:
+        raise ValueError(f"{where} must be {name}, not {value!r}")
+    return value

@@ -1,0 +1,198 @@
+"""What the record of a run holds: the run, then each step as it closed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["ArrivalRecord", "RunHeader", "StepChecker", "StepRecord"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunHeader:
+    """What was run.
+
+    Attributes:
+        policy: The policy's command-line form.
+        workers: How many workers the run was started with.
+        seed: What batches and random numbers follow from, with worker and sequence.
+        started_unix_s: When it started, by the wall clock.
+        version: Of mpisync.
+        hosts: The host of each worker, in their order.
+        settings: All settings, by name.
+        format: Of the record.
+
+    Example:
+        >>> header = RunHeader("backup:1", 2, 0, started_unix_s=0.0, version="1", hosts=["a", "b"])
+        >>> header.workers, header.format
+        (2, 1)
+    """
+
+    policy: str
+    workers: int
+    seed: int
+    started_unix_s: float
+    version: str
+    hosts: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class ArrivalRecord:
+    """One gradient and its verdict.
+
+    Attributes:
+        worker: Who computed it.
+        sequence: Which of that worker's computations it is.
+        version: The version it was computed at.
+        verdict: Its verdict; it has one in the whole record.
+        offset_s: When it had arrived whole, since the opening of the step that gave the verdict;
+            negative if it was waiting by then.
+        late_by: How many versions it was behind, if late.
+        tie: Whether chance decided between it and another that arrived at the same time.
+        reason: Why it was rejected.
+        compute_s: How long it was computed, as its worker says.
+        data_s: How long its worker waited for the batch.
+        samples: How many samples it is the mean of.
+        loss: Their loss, if the worker sent it.
+        bytes: How many bytes of it travelled.
+
+    Example:
+        >>> late = ArrivalRecord(3, sequence=7, version=6, verdict="late", offset_s=0.2, late_by=1)
+        >>> late.verdict, late.late_by
+        ('late', 1)
+    """
+
+    worker: int
+    sequence: int
+    version: int
+    verdict: Literal["accepted", "late", "rejected"]
+    offset_s: float
+    late_by: int = 0
+    tie: bool = False
+    reason: str | None = None
+    compute_s: float | None = None
+    data_s: float | None = None
+    samples: int = 0
+    loss: float | None = None
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One closed step. Times are by the root's monotonic clock.
+
+    Attributes:
+        step: Its number, which is the version it updated.
+        opened_s: When it opened.
+        closed_s: When its last gradient was accepted.
+        published_s: When the next version could be had.
+        target: N: how many gradients the policy wanted when it closed.
+        alive: How many workers were alive then.
+        accepted: (worker, sequence, version) of what counted, in order of acceptance, which is the
+            order of summation.
+        arrivals: Every gradient that got its verdict while this step was open, in order of verdict.
+        samples_used: How many samples the accepted gradients are the mean of.
+        reduce_s: How long folding took after the last gradient had arrived.
+        update_s: How long the optimizer took.
+        publish_s: How long publication took.
+        updated: Whether the parameters changed; false where the mean was refused.
+        counts: Gradients since the start of the run, by verdict.
+        norms: The sum of the squared norms of the accepted gradients, and the squared norm of their
+            mean; None where they were not wanted.
+
+    Example:
+        >>> step = StepRecord(
+        ...     step=0, opened_s=0.0, closed_s=0.5, published_s=0.6, target=2, alive=3,
+        ...     accepted=[(2, 0, 0), (1, 0, 0)], arrivals=[],
+        ... )
+        >>> [worker for worker, sequence, version in step.accepted]
+        [2, 1]
+    """
+
+    step: int
+    opened_s: float
+    closed_s: float
+    published_s: float
+    target: int
+    alive: int
+    accepted: list[tuple[int, int, int]]
+    arrivals: list[ArrivalRecord]
+    samples_used: int = 0
+    reduce_s: float = 0.0
+    update_s: float = 0.0
+    publish_s: float = 0.0
+    updated: bool = True
+    counts: dict[str, int] = field(default_factory=dict)
+    norms: tuple[float, float] | None = None
+
+
+class StepChecker:
+    """Holds steps that follow one another against the rules of a record.
+
+    The rules: steps are consecutive, workers exist, nothing is accepted before its version, and a
+    gradient, which is (worker, sequence), has one verdict.
+
+    Args:
+        workers: How many workers the run had; None if that is not known.
+
+    Example:
+        >>> checker = StepChecker(workers=2)
+        >>> checker.check(StepRecord(0, 0.0, 0.5, 0.6, 1, 2, [(1, 0, 0)], []))
+        >>> checker.check(StepRecord(2, 0.6, 0.9, 1.0, 1, 2, [(0, 0, 0)], []))
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be consecutive, but step 2 comes where step 1 is due
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        """Expect any first step."""
+        self._workers = math.inf if workers is None else workers
+        self._due: int | None = None
+        self._judged: set[tuple[int, int]] = set()
+
+    def check(self, record: StepRecord) -> None:
+        """Take the next step.
+
+        Raises:
+            ValueError: It names the rule that the step breaks.
+        """
+        if self._due is not None and record.step != self._due:
+            raise ValueError(
+                f"steps must be consecutive, but step {record.step} comes where step {self._due} "
+                "is due"
+            )
+        if record.step < 0:
+            raise ValueError(f"a step's number must not be negative, but it is {record.step}")
+        self._due = record.step + 1
+        for worker, sequence, version in record.accepted:
+            self._gradient(worker, sequence, version, record.step)
+        accepted = {(worker, sequence) for worker, sequence, _ in record.accepted}
+        for arrival in record.arrivals:
+            worker, sequence = arrival.worker, arrival.sequence
+            if arrival.verdict != "accepted":
+                self._gradient(worker, sequence, arrival.version, record.step)
+            elif (worker, sequence) not in accepted:
+                raise ValueError(
+                    f"an accepted arrival must be in its step's list, but worker {worker}'s "
+                    f"gradient {sequence} is not in step {record.step}'s"
+                )
+
+    def _gradient(self, worker: int, sequence: int, version: int, step: int) -> None:
+        if not 0 <= worker < self._workers:
+            raise ValueError(f"workers are numbered 0 to {self._workers - 1}, but here is {worker}")
+        if sequence < 0 or not 0 <= version <= step:
+            raise ValueError(
+                f"a gradient's version must be from 0 to its step, its sequence not negative, but "
+                f"worker {worker}'s has version {version} in step {step} and sequence {sequence}"
+            )
+        if (worker, sequence) in self._judged:
+            raise ValueError(
+                f"a gradient gets one verdict, but worker {worker}'s gradient {sequence} gets "
+                f"another in step {step}"
+            )
+        self._judged.add((worker, sequence))
