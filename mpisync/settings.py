@@ -1,0 +1,91 @@
+"""The environment variables that mpisync reads, in one table.
+
+The command line goes before the environment, and the environment before code: `mpisync run` writes
+its options into the environment of the ranks, and `read` prefers the environment to code's wish.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+PREFIX = "MPISYNC_"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One environment variable; `parse` reads its text and raises ValueError on nonsense."""
+
+    name: str
+    parse: Callable[[str], object]
+    default: object
+    help: str
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    """Return a parser that takes one of `words`."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds."""
+    value = float(text)
+    if not value > 0:
+        raise ValueError("must be greater than 0")
+    return value
+
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting("MPISYNC_POLICY", str, None, "the policy, in place of the script's own"),
+        Setting(
+            "MPISYNC_TRANSPORT",
+            choice("auto", "shared", "messages"),
+            "auto",
+            "how gradients travel on a node: shared memory, MPI messages, or the first that works",
+        ),
+        Setting(
+            "MPISYNC_START_TIMEOUT_S", seconds, 300.0, "how long ranks wait for each other at the start"
+        ),
+        Setting(
+            "MPISYNC_STALL_REPORT_S", seconds, 10.0, "after how long a wait is reported, and why it lasts"
+        ),
+        Setting(
+            "MPISYNC_GRACE_S", seconds, 60.0, "how long the root waits for late workers at the end"
+        ),
+    )
+}
+
+
+def read(
+    name: str, code: object = None, *, environ: Mapping[str, str] = os.environ
+) -> object:
+    """Return a setting's value: the environment's, else the one given by code, else the default.
+
+    Args:
+        name: a name in `SETTINGS`.
+        code: what the caller's code asks for; None where it asks for nothing.
+        environ: the environment to look in.
+
+    Raises:
+        ValueError: the variable's text is not one that the setting takes.
+    """
+    setting = SETTINGS[name]
+    text = environ.get(name, "")
+    if not text:
+        return setting.default if code is None else code
+    try:
+        return setting.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: {error}") from None
+
+
+def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the variables that carry the prefix but are no settings, as misspelt ones do."""
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in SETTINGS)

