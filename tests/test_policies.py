@@ -341,6 +341,12 @@ def test_deaths(policy, deaths, expected):
     assert closings(records) == expected
 
 
+@pytest.mark.parametrize("policy", [BackupWorkers(0), Deadline(2.0), Async(3, max_staleness=0)])
+def test_n_counts_the_dead_only_if_they_are_in(policy):
+    assert policy.target(opened(alive={1, 2})) == 2
+    assert policy.target(opened(alive={1, 2}, accepted=[(0, 8, 5, 0.5)])) == 3
+
+
 def test_a_dead_workers_gradient_keeps_its_place_in_a_deadlines_quorum():
     step = opened(step=5, alive={1, 2}, accepted=[(0, 8, 5, 0.5)])
     assert Deadline(2.0, at_least=3).wakes_at(step) == math.inf

@@ -100,6 +100,7 @@ def test_command_line_forms(text, policy, form):
         ("deadline:soon", "seconds must be a number, not 'soon'"),
         ("deadline:nan", "seconds must be finite"),
         ("backup:1,2", "after the first as NAME=VALUE; not '2'"),
+        ("async:max_staleness=1,2", "after the first as NAME=VALUE; not '2'"),
         ("async:k=1,k=2", "each once .* not 'k=2'"),
         ("async:b=1", "values are k, max_staleness, .* not 'b=1'"),
         ("async:k=1,", "not ''"),

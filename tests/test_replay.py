@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from playing import Deadlock, cycling, opened, play, recorded, steady
 
-from mpisync.policies import Arrival, Async, BackupWorkers, Deadline, Decision, Replay
+from mpisync.policies import (
+    Arrival,
+    ArrivalRecord,
+    Async,
+    BackupWorkers,
+    Deadline,
+    Decision,
+    Replay,
+)
 
 WORKERS = 4
 
@@ -124,6 +132,10 @@ def test_a_replayed_worker_resumes_at_the_recorded_version():
         ([[(0, -1, 0)]], "sequence not negative"),
         ([[(-1, 0, 0)]], "workers are numbered 0 to"),
         ([[(0, 0, 0)], [(0, 1, 1)], [(0, 2, 0)]], "worker 0's gradient 2, computed at version 0"),
+        (
+            [[(1, 0, 0)], [(1, 1, 1)], [(0, 0, 0)], [(0, 1, 1)]],
+            "worker 0's gradient 1, .* version 1",
+        ),
         ([[(0, 1, 0), (0, 0, 0)]], "worker 0's gradient 1, .* before its earlier ones were done"),
         ([[(1, 0, 0)], [(0, 1, 0), (0, 0, 0)]], "follow one another"),
         ([], "must hold a step"),
@@ -132,6 +144,28 @@ def test_a_replayed_worker_resumes_at_the_recorded_version():
 def test_what_no_run_can_have_recorded_is_refused(lists, message):
     with pytest.raises(ValueError, match=message):
         Replay(recorded(*lists))
+
+
+def test_a_worker_that_went_back_in_time_is_refused_though_it_was_late():
+    steps = recorded([(1, 0, 0)], [(1, 1, 1)], [(0, 1, 0)])
+    steps[1].arrivals.append(ArrivalRecord(0, 0, 1, "late", 0.0, late_by=1))
+    with pytest.raises(ValueError, match="worker 0's gradient 1, computed at version 0"):
+        Replay(steps)
+
+
+def test_an_arrival_that_its_steps_list_has_at_another_version_is_refused():
+    steps = recorded([(1, 0, 0)], [(0, 0, 0)])
+    steps[1].arrivals.append(ArrivalRecord(0, 0, 1, "accepted", 0.0))
+    with pytest.raises(ValueError, match="gradient 0 of version 1 is not in step 1's"):
+        Replay(steps)
+
+
+def test_what_no_step_accepted_is_late_when_its_version_is_past():
+    """Worker 1 counts never again, and is told nevertheless."""
+    replay = Replay(recorded([(1, 0, 0)], [(0, 0, 1)], [(0, 1, 2)]))
+    arrival = Arrival(1, 1, 1, 0.0)
+    assert replay.judge(arrival, opened(2, step=1)) is Decision.HOLD
+    assert replay.judge(arrival, opened(2, step=2)) is Decision.LATE
 
 
 def test_steps_that_are_not_consecutive_are_refused():

@@ -101,12 +101,10 @@ class Deadline(Policy):
 
     def wakes_at(self, step: OpenStep) -> float:
         """When the step's time is up; infinity while it lacks gradients that it needs."""
-        needed = self.at_least
-        if needed > len(step.alive):  # only then can deaths have put it out of reach
-            needed = max(1, min(needed, step.reachable))
-        if len(step.accepted) < needed:
-            return math.inf
-        return max(step.opened_s + self.seconds, step.accepted[needed - 1].at_s + self.grace)
+        if len(step.accepted) < self.at_least:
+            return math.inf  # if deaths made these too many, it closes when nobody is missing
+        enough_s = step.accepted[self.at_least - 1].at_s
+        return max(step.opened_s + self.seconds, enough_s + self.grace)
 
     def __str__(self) -> str:
         """Return for example `deadline:0.5,at_least=3,grace=0.1`."""

@@ -171,15 +171,15 @@ class StepChecker:
         self._due = record.step + 1
         for worker, sequence, version in record.accepted:
             self._gradient(worker, sequence, version, record.step)
-        accepted = {(worker, sequence) for worker, sequence, _ in record.accepted}
+        accepted = set(record.accepted)
         for arrival in record.arrivals:
-            worker, sequence = arrival.worker, arrival.sequence
+            worker, sequence, version = arrival.worker, arrival.sequence, arrival.version
             if arrival.verdict != "accepted":
-                self._gradient(worker, sequence, arrival.version, record.step)
-            elif (worker, sequence) not in accepted:
+                self._gradient(worker, sequence, version, record.step)
+            elif (worker, sequence, version) not in accepted:
                 raise ValueError(
                     f"an accepted arrival must be in its step's list, but worker {worker}'s "
-                    f"gradient {sequence} is not in step {record.step}'s"
+                    f"gradient {sequence} of version {version} is not in step {record.step}'s"
                 )
 
     def _gradient(self, worker: int, sequence: int, version: int, step: int) -> None:

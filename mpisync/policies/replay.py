@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +189,7 @@ class _Script:
     def needed(self, arrival: Arrival, step: int) -> bool:
         """Say whether the open step needs what its worker computes after this gradient."""
         sequences = self._counting.get(arrival.worker, [])
-        after = bisect_right(sequences, arrival.sequence)
+        after = bisect(sequences, arrival.sequence)
         if after == len(sequences):
             return False
         return self.versions[arrival.worker, sequences[after]] <= step
@@ -199,14 +199,10 @@ def _versions(steps: Iterable[StepRecord]) -> dict[Gradient, int]:
     """The version at which each gradient of the record was computed, whatever its verdict."""
     versions: dict[Gradient, int] = {}
     for step in steps:
-        accepted = [(worker, sequence, version) for worker, sequence, version in step.accepted]
-        arrived = [(arrival.worker, arrival.sequence, arrival.version) for arrival in step.arrivals]
-        for worker, sequence, version in accepted + arrived:
-            if versions.setdefault((worker, sequence), version) != version:
-                raise ValueError(
-                    f"a gradient is computed at one version, but worker {worker}'s gradient "
-                    f"{sequence} is recorded at {versions[worker, sequence]} and {version}"
-                )
+        for worker, sequence, version in step.accepted:
+            versions[worker, sequence] = version
+        for arrival in step.arrivals:
+            versions[arrival.worker, arrival.sequence] = arrival.version
     return versions
 
 
