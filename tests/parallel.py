@@ -1,0 +1,404 @@
+"""The pytest plugin for tests marked `@pytest.mark.parallel(nprocs)`.
+
+Plain `pytest` starts each module's tests of one process count together, in one `mpirun -n nprocs
+python -m pytest ...`, since every rank pays seconds for importing torch, and reports each by itself.
+After a failure what is left of the group gets a new mpirun. Under `mpirun -n 4 pytest` the tests run
+in that job: those of four processes, and, on its first ranks, those of fewer that use `comm`.
+
+mpi-pytest was tried and is not used: it imports mpi4py.MPI into the parent, so that serial tests
+need MPI; it starts one mpirun a test, has no time limits and no stacks, shows neither the failing
+rank nor what it said, and under mpirun ends the session at the first test of another count.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from launch import TAG, Job, launcher
+
+from mpisync import launchers
+
+LIMIT_S = 60.0  # of a parallel test without a timeout marker
+START_S = 120.0  # for mpirun, imports and collection
+OTHERS_S = 5.0  # what ranks are given to finish a test that has failed on another
+EXIT_S = 15.0  # for MPI_Finalize
+CHILD = "MPITEST_CHILD"
+
+
+def nprocs_of(item: pytest.Item) -> int | None:
+    """Return the process count that a test carries; None for a serial one."""
+    marker = item.get_closest_marker("parallel")
+    return marker.args[0] if marker else None
+
+
+def limit_of(item: pytest.Item) -> float:
+    """Return a parallel test's time limit in seconds."""
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else LIMIT_S
+
+
+@pytest.fixture
+def comm(request):
+    """A communicator of exactly the test's processes, its own and freed afterwards."""
+    from mpi4py import MPI
+
+    nprocs = nprocs_of(request.node)
+    group = MPI.COMM_WORLD.Get_group().Range_incl([(0, nprocs - 1, 1)])
+    own = MPI.COMM_WORLD.Create_group(group)
+    group.Free()
+    yield own
+    own.Free()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.addinivalue_line("markers", "parallel(nprocs): run on so many MPI processes")
+    if CHILD in os.environ:
+        plugin = Child(config)
+    elif placement := launchers.placement():
+        plugin = World(config, placement)
+    else:
+        plugin = Parent(config)
+    config.pluginmanager.register(plugin, "parallel-tests")
+
+
+class Common:
+    """What holds in every mode: the limits of parallel tests are kept here, not by pytest-timeout."""
+
+    def __init__(self, config):
+        self.config = config
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_timeout_set_timer(self, item, settings):
+        return True if nprocs_of(item) else None
+
+
+# -- plain pytest -----------------------------------------------------------------------------
+
+
+class Text(str):
+    """A failure's text, with the line that pytest's short summary shows."""
+
+    def __new__(cls, text, summary):
+        self = super().__new__(cls, text)
+        self.reprcrash = SimpleNamespace(message=summary)
+        return self
+
+
+class Parent(Common):
+    """Starts groups of tests under mpirun and turns what their ranks report into pytest's reports."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.group: Group | None = None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        # Within a module those of one process count stand together, so that one mpirun serves them.
+        modules = {path: n for n, path in enumerate(dict.fromkeys(item.path for item in items))}
+        items.sort(key=lambda item: (modules[item.path], nprocs_of(item) or 0))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        if not nprocs_of(item):
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self.run(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def run(self, item):
+        """Return the reports of one test, on all its ranks."""
+        started_s = time.monotonic()
+        if self.group is None:
+            self.group = Group(self.config, _like(item))
+        try:
+            reports = self.group.reports(item)
+        except Broken as broken:
+            self.close()
+            text = Text(str(broken), str(broken).partition("\n")[0])
+            duration_s = time.monotonic() - started_s
+            return [
+                pytest.TestReport(
+                    item.nodeid, item.location, {}, "failed", text, "call", duration=duration_s
+                )
+            ]
+        if any(report.failed for report in reports):
+            self.close()  # a failed test may have left messages behind
+        elif item.nodeid == self.group.last:
+            reports += self.leave(item)
+        return reports
+
+    def leave(self, item):
+        """Let a group end by itself; a failed report where it does not do so well."""
+        group, self.group = self.group, None
+        run = group.job.finish(time.monotonic() - group.job.started_s + EXIT_S)
+        if run.returncode == 0 and not run.left:
+            return []
+        summary = f"mpirun ended with {run.returncode} after the tests had passed; left: {run.left}"
+        text = Text(f"{summary}\n{run.stdout[-2000:]}\n{run.stderr}", summary)
+        return [pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "teardown")]
+
+    def close(self):
+        if self.group is not None:
+            self.group.job.close()
+            self.group = None
+
+    def pytest_unconfigure(self):
+        self.close()
+
+
+def _like(item):
+    """Return this test and those after it that can run in the same mpirun."""
+    items = item.session.items
+    rest = items[items.index(item) :]
+    return [i for i in rest if i.path == item.path and nprocs_of(i) == nprocs_of(item)]
+
+
+class Broken(Exception):
+    """A group that cannot go on; its text says why, first in one line."""
+
+
+class Group:
+    """The tests of one module and process count, running in one mpirun."""
+
+    def __init__(self, config, items):
+        self.config = config
+        self.nprocs = nprocs_of(items[0])
+        self.last = items[-1].nodeid
+        self.started_s: dict[str, float] = {}
+        self.done: dict[str, dict[int, list]] = defaultdict(dict)
+        self.partial: dict[tuple[str, int], list] = defaultdict(list)
+        self.failed_s: dict[str, float] = {}
+        folder = Path(tempfile.mkdtemp(prefix="mpisync-test-"))
+        (folder / "tests").write_text("\n".join(item.nodeid for item in items))
+        self.offsets = dict.fromkeys(range(self.nprocs), 0)
+        command = [launcher()[0].path, "-n", str(self.nprocs), sys.executable, "-m", "pytest"]
+        command += ["-q", "--no-header", "--no-summary", "--color=no", "-p", "no:cacheprovider"]
+        command += [f"--tb={config.option.tbstyle}", f"--rootdir={config.rootpath}"]
+        command += [f"-c{config.inipath}"] if config.inipath else []
+        command += [f"@{folder / 'tests'}"]
+        self.job = Job(command, folder, env={CHILD: "1"}, cwd=config.rootpath)
+
+    def reports(self, item):
+        """Wait for one test on all ranks and return its reports, one a phase."""
+        while len(self.done[item.nodeid]) < self.nprocs:
+            ended = self.job.process.poll() is not None
+            self.read()
+            if len(self.done[item.nodeid]) == self.nprocs:
+                break
+            now_s = time.monotonic()
+            since_s = now_s - self.started_s.get(item.nodeid, now_s)
+            if ended:
+                raise Broken(self.explain(item, "mpirun ended", stacks=False))
+            if since_s > limit_of(item):
+                raise Broken(self.explain(item, f"timed out after {limit_of(item):g} s"))
+            if now_s - self.failed_s.get(item.nodeid, now_s) > OTHERS_S:
+                raise Broken(self.explain(item, "failed, and other ranks did not finish"))
+            if item.nodeid not in self.started_s and now_s - self.job.started_s > START_S:
+                if not self.started_s:
+                    raise Broken(self.explain(item, f"did not start in {START_S:g} s"))
+            time.sleep(0.01)
+        return merge(self.done.pop(item.nodeid), self.nprocs)
+
+    def read(self):
+        """Take in what the ranks have reported since the last time."""
+        for rank, offset in self.offsets.items():
+            file = self.job.folder / f"events.{rank}"
+            if not file.exists():
+                continue
+            with open(file, "rb") as lines:
+                lines.seek(offset)
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.offsets[rank] += len(line)
+                    self.take(rank, **json.loads(line))
+
+    def take(self, rank, nodeid, event, data=None):
+        """Take in one event of one rank."""
+        if event == "start":
+            self.started_s.setdefault(nodeid, time.monotonic())
+        elif event == "report":
+            hook = self.config.hook.pytest_report_from_serializable
+            report = hook(config=self.config, data=data)
+            self.partial[nodeid, rank].append(report)
+            if report.failed:
+                self.failed_s.setdefault(nodeid, time.monotonic())
+        else:
+            self.done[nodeid][rank] = self.partial.pop((nodeid, rank), [])
+
+    def explain(self, item, why, *, stacks=True):
+        """Say what is known about a test that did not come to its end on every rank."""
+        stacks = self.job.stacks() if stacks else ""
+        self.job.end()
+        self.read()
+        done = self.done[item.nodeid]
+        open_ranks = sorted(set(range(self.nprocs)) - set(done))
+        seen = {rank: [*done.get(rank, []), *self.partial.pop((item.nodeid, rank), [])]
+                for rank in range(self.nprocs)}
+        parts = [f"{why}; ranks {_ranks(open_ranks)} of {self.nprocs} had not finished the test"]
+        parts += [text for _, text in failures(seen.values(), self.nprocs, ranks=list(seen))]
+        if self.job.process.returncode is not None:
+            parts.append(f"mpirun's exit code: {self.job.process.returncode}")
+        for name in ("stderr", "stdout"):
+            if said := self.job.output(name)[-4000:].strip():
+                parts.append(f"--- end of {name} ---\n{said}")
+        return "\n".join([*parts, stacks])
+
+
+def _ranks(ranks):
+    return ", ".join(map(str, ranks)) or "none"
+
+
+def failures(reports_by_rank, nprocs, *, ranks):
+    """Return (summary, text) of each different failure, with the ranks that had it."""
+    texts = defaultdict(list)
+    for rank, reports in zip(ranks, reports_by_rank, strict=True):
+        for report in reports:
+            if report.failed:
+                said = "".join(f"\n--- {name} ---\n{text}" for name, text in report.sections)
+                crash = getattr(report.longrepr, "reprcrash", None)
+                texts[report.longreprtext + said, getattr(crash, "message", "")].append(rank)
+    return [
+        (f"rank {_ranks(who)} of {nprocs}: {message}", f"rank {_ranks(who)} of {nprocs}:\n{text}\n")
+        for (text, message), who in texts.items()
+    ]
+
+
+def merge(done, nprocs):
+    """Make of the reports of all ranks one a phase: failed where one rank's is, and named so."""
+    phases = []
+    for phase in ("setup", "call", "teardown"):
+        ranks = sorted(done)
+        at = [[report for report in done[rank] if report.when == phase] for rank in ranks]
+        every = [report for reports in at for report in reports]
+        if not every:
+            continue
+        outcome = {report.outcome: report for report in reversed(every)}
+        chosen = outcome.get("failed") or outcome.get("skipped") or every[0]
+        if chosen.failed:
+            found = failures(at, nprocs, ranks=ranks)
+            text = "\n".join(text for _, text in found)
+            chosen.longrepr = Text(text, found[0][0])
+            chosen.sections = []
+        phases.append(chosen)
+    return phases
+
+
+# -- a rank that plain pytest has started -----------------------------------------------------
+
+
+class Child(Common):
+    """Writes what happens on this rank where the parent reads it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        rank = launchers.placement().rank
+        folder = Path(os.environ[TAG])
+        config.option.basetemp = folder / f"tmp.{rank}"
+        self.file = open(folder / f"events.{rank}", "w", buffering=1)  # noqa: SIM115
+
+    def write(self, nodeid, event, data=None):
+        self.file.write(json.dumps({"nodeid": nodeid, "event": event, "data": data}) + "\n")
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.write(nodeid, "start")
+
+    def pytest_runtest_logreport(self, report):
+        hook = self.config.hook.pytest_report_to_serializable
+        self.write(report.nodeid, "report", hook(config=self.config, report=report))
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.write(nodeid, "finish")
+
+    def pytest_unconfigure(self):
+        self.file.close()
+
+
+# -- mpirun -n 4 pytest -----------------------------------------------------------------------
+
+
+class World(Common):
+    """Runs tests in the job that the user started; serial ones on rank 0 only."""
+
+    def __init__(self, config, placement):
+        super().__init__(config)
+        self.rank, self.size = placement.rank, placement.size
+        self.stderr = os.dup(2)  # before pytest captures it
+        if self.rank:
+            # One report is enough; what fails elsewhere is shown by pytest_runtest_logreport.
+            reporter = config.pluginmanager
+            reporter.set_blocked("terminalprogress")
+            config.option.verbose, config.option.no_header, config.option.no_summary = -2, True, True
+
+    def pytest_sessionstart(self):
+        if self.rank:
+            self.config.get_terminal_writer()._file = open(os.devnull, "w")  # noqa: SIM115
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            if reason := self.excluded(item):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+    def excluded(self, item):
+        """Return why this rank does not run a test; None where it does."""
+        nprocs = nprocs_of(item)
+        if nprocs is None:
+            return "serial: rank 0 runs it" if self.rank else None
+        if nprocs > self.size or (nprocs < self.size and "comm" not in item.fixturenames):
+            return f"it wants mpirun -n {nprocs}, and this is -n {self.size}"
+        return f"its {nprocs} processes are the first ranks" if self.rank >= nprocs else None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        nprocs = nprocs_of(item)
+        if nprocs is None or nprocs > self.size:
+            return (yield)
+        self.barrier()
+        with self.limit(item):
+            return (yield)
+
+    def barrier(self):
+        """Wait, asleep, until every rank has come to this test; others' time does not count."""
+        from mpi4py import MPI
+
+        request = MPI.COMM_WORLD.Ibarrier()
+        while not request.Test():
+            time.sleep(0.005)
+
+    @contextlib.contextmanager
+    def limit(self, item):
+        """Show this rank's stacks, then end the job, when a test takes too long."""
+        limit_s, over = limit_of(item), threading.Event()
+
+        def watch():
+            if not over.wait(limit_s):
+                head = f"rank {self.rank} of {self.size}: {item.nodeid} took over {limit_s:g} s\n"
+                os.write(self.stderr, head.encode())
+                faulthandler.dump_traceback(self.stderr, all_threads=True)
+                time.sleep(2.0)  # every rank shows its own before the first exit ends the job
+                os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def pytest_runtest_logreport(self, report):
+        if self.rank and report.failed:
+            text = f"rank {self.rank} of {self.size}: {report.nodeid}\n{report.longreprtext}\n"
+            os.write(self.stderr, text.encode())
+
+
