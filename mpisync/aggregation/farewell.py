@@ -1,0 +1,77 @@
+"""The end of the training as the root sees it: everyone gets the final parameters and says goodbye."""
+
+from __future__ import annotations
+
+from mpisync.aggregation.members import Member, State
+from mpisync.aggregation.root import Root
+from mpisync.transport.wire import Header, Kind, Status
+
+ENDED = "the training has ended"
+_LOOK_S = 0.05
+
+
+def farewell(
+    root: Root, *, grace_s: float, stopped_grace_s: float, failure: str = ""
+) -> list[Member]:
+    """End the training on every worker and wait for their goodbyes.
+
+    A worker that still computes is merely late: it learns its verdict, has the final parameters and
+    goes on behind the loop.
+
+    Args:
+        root: The aggregator; it serves no further step.
+        grace_s: How long to wait for workers that run.
+        stopped_grace_s: How long to wait when all that are left are stopped by a signal.
+        failure: Why the training failed; "" if it did not.
+
+    Returns:
+        The workers that never came.
+    """
+    began_s = root.clock()
+    root.end(failure)
+    for member in root.members:
+        if member.state in (State.ANNOUNCED, State.WANTED, State.ACCEPTED):
+            _too_late(root, member)
+        elif member.waits_for >= 0 or member.state is State.LEFT:
+            root.serve_parameters(member)
+    while True:
+        for _, _, header in root.heard():
+            _hear(root, root.members[header.worker], header)
+        for link in root.links:
+            link.progress()
+            link.flush()
+        waited_s = root.clock() - began_s
+        left = [member for member in root.members if not _is_gone(root, member)]
+        if not left or waited_s > grace_s:
+            return left
+        if waited_s > stopped_grace_s and all(_is_stopped(root, member) for member in left):
+            return left
+        root.wait(_LOOK_S)
+
+
+def _hear(root: Root, member: Member, header: Header) -> None:
+    if header.kind == Kind.GRADIENT:
+        root.announced(member, header, root.clock(), is_tie=False)
+        _too_late(root, member)
+    elif header.kind != Kind.FAIL:
+        root.handle(member, header)
+    else:  # one failure has ended it already, or it fails after a good end: its own exit tells
+        root.noted(member, header)
+    if member.state is State.LEFT or header.kind == Kind.FAIL:
+        root.serve_parameters(member)
+
+
+def _too_late(root: Root, member: Member) -> None:
+    root.refuse(member, Status.LATE, ENDED)
+    root.serve_parameters(member)
+
+
+def _is_gone(root: Root, member: Member) -> bool:
+    if member.state not in (State.GONE, State.LOST) and root.me.sees(member.peer):
+        if member.peer.state() is None:
+            member.state = State.LOST
+    return member.state in (State.GONE, State.LOST)
+
+
+def _is_stopped(root: Root, member: Member) -> bool:
+    return root.me.sees(member.peer) and member.peer.state() in ("T", "t")

@@ -1,0 +1,567 @@
+"""The root aggregator: one event loop that accepts the first gradients of each step and discards late ones.
+
+The loop owns all state and runs in one thread. A step goes through
+
+    open → (judge headers, ask for payloads, accept whole gradients, fold) → closed → updated → published = next open
+
+and from *closed* to *published* nothing is judged: what arrives then meets the next step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mpisync.aggregation.ledger import Ledger
+from mpisync.aggregation.members import Member, State
+from mpisync.aggregation.stalls import StallReport
+from mpisync.aggregation.sums import RunningSum, Sums
+from mpisync.kernels.fold import Reducer
+from mpisync.policies import Arrival, Decision, OpenStep, Policy, StepRecord
+from mpisync.transport.base import End, RootLink
+from mpisync.transport.layout import Layout
+from mpisync.transport.peers import Peer
+from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Say, Status
+
+_LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' processes live
+_FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
+_REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
+
+
+class PeerFailed(RuntimeError):
+    """An exception on another rank ended the training."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An accepted gradient of the open step."""
+
+    member: Member
+    header: Header
+    arrival: Arrival
+    is_tie: bool
+
+
+@dataclass
+class ClosedStep:
+    """A step that has its gradients: update the parameters, then `publish`.
+
+    Attributes:
+        step: The step's number, which is the version of the parameters to be updated.
+        accepted: (worker, sequence) of the accepted gradients, in order of acceptance.
+        mean: The mean gradient, one array a segment, in the accumulator's dtype.
+        finite: Whether every element of the mean is finite; when not, leave the parameters alone.
+        extras: What the accepted gradients carried along, in the same order.
+        samples: Samples of the accepted gradients.
+        loss: Their mean loss; NaN where a worker gave none.
+        gradient_squares: Σ‖g_j‖² over the accepted gradients; 0.0 unless norms were asked for.
+        mean_square: ‖mean‖², likewise.
+    """
+
+    step: int
+    accepted: list[tuple[int, int]]
+    mean: list[np.ndarray]
+    finite: bool
+    extras: list[np.ndarray]
+    samples: int
+    loss: float
+    gradient_squares: float
+    mean_square: float
+    closed_s: float
+    reduced_s: float
+    _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
+
+    def publish(self) -> StepRecord:
+        """Make the parameters, as they are now, the next version; what happened in the step."""
+        return self._publish(self)
+
+
+class Root:
+    """Serves steps to workers.
+
+    Args:
+        peers: The processes of all ranks; the last is this one.
+        links: One a transport; together they reach every worker once.
+        layout: Of a gradient.
+        parameters: Bytes of the parameters as they are to be published, filled already.
+        policy: When a step closes and what counts.
+        reducer: Folds gradients.
+        weighted: Weight gradients by their samples instead of equally.
+        norms: Compute squared norms with the mean.
+        clock: Monotonic seconds; that of the workers on this node.
+        stall_report_s: After how long an open step is reported.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[Peer],
+        links: Sequence[RootLink],
+        layout: Layout,
+        parameters: np.ndarray,
+        policy: Policy,
+        reducer: Reducer,
+        *,
+        weighted: bool = False,
+        norms: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        stall_report_s: float = 10.0,
+    ) -> None:
+        self.policy, self.parameters, self.version = policy, parameters, 0
+        self.links, self.clock, self.me = list(links), clock, peers[-1]
+        self.members = [
+            Member(worker, peers[worker], link) for link in links for worker in link.workers
+        ]
+        self.members.sort(key=lambda member: member.worker)
+        policy.check(len(self.members))
+        self.ledger = Ledger(layout.size_bytes)
+        in_pieces = any(link.in_pieces for link in links)
+        blocks = layout.blocks if in_pieces else layout.wholes
+        self._sum = RunningSum(layout, reducer, blocks, norms=norms)
+        self._layout, self._weighted, self._norms = layout, weighted, norms
+        self._lots = random.Random(0)
+        self._backlog: list[tuple[float, float, Header]] = []  # heard, not handled
+        self._queue: list[Member] = []  # announced in order of arrival, payload not asked for
+        self._rejected_in_a_row = 0
+        self._stop_asked = False
+        self._last: int | None = None  # the version at which the training ends
+        self._has_ended = False
+        self._look_after_s = 0.0
+        self._stalls = StallReport(stall_report_s, self.me)
+        for link in self.links:
+            link.publish(0, parameters)
+            link.flush()
+        self._open([])
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def serve(self, steps: int | None = None) -> Iterator[ClosedStep]:
+        """Yield each closed step, until version `steps` or until nobody is left to contribute.
+
+        Raises:
+            PeerFailed: A worker's loop ended with an exception, no worker is left alive, or every
+                gradient is rejected.
+            RuntimeError: A closed step was not published.
+        """
+        limits = [limit for limit in (steps, self.policy.steps) if limit is not None]
+        self._last = min(limits, default=None)
+        while self._last is None or self.version < self._last:
+            closed = self._gather()
+            if closed is None:
+                return
+            yield closed
+            if self.version == closed.step:
+                raise RuntimeError(
+                    f"step {closed.step} was closed but not published: call step.publish() before "
+                    "the next one"
+                )
+
+    def stop(self) -> None:
+        """End the training before another step closes."""
+        self._stop_asked = True
+
+    def _gather(self) -> ClosedStep | None:
+        """Run until the open step closes; None when there will be no further one."""
+        while True:
+            self._hear()
+            for link in self.links:
+                for worker in link.progress():
+                    self._whole(self.members[worker])
+            self._ask()
+            if self._stop_asked or not self._step.alive:
+                return None
+            now_s = self.clock()
+            if self._is_closing or self.policy.closes(self._step, now_s):
+                return self._close(now_s)
+            self._idle(now_s)
+
+    def heard(self) -> list[tuple[float, float, Header]]:
+        """Take in headers as (time of completion, lot, header), first completed first."""
+        now_s, heard = self.clock(), self._backlog
+        self._backlog = []
+        for link in self.links:
+            for header in link.headers():
+                near = self.members[header.worker].peer.shares_kernel(self.me)
+                at_s = min(header.stamp_s, now_s) if near else now_s
+                heard.append((at_s, self._lots.random(), header))
+        heard.sort(key=lambda entry: entry[:2])
+        return heard
+
+    def _hear(self) -> None:
+        heard = deque(self.heard())
+        times = Counter(at_s for at_s, *_ in heard)
+        while heard and not self._is_closing:
+            at_s, _, header = heard.popleft()
+            member = self.members[header.worker]
+            if header.kind != Kind.GRADIENT:
+                self.handle(member, header)
+                continue
+            self.announced(member, header, at_s, is_tie=times[at_s] > 1)
+            self._judge(member)
+        self._backlog = list(heard)
+
+    def handle(self, member: Member, header: Header) -> None:
+        """Answer a header that is no gradient's."""
+        member.account.handed = header.handed
+        if header.kind == Kind.FAIL:
+            self.fail(f"{member.peer} failed: {header.text}")
+        if header.kind == Kind.STOP:
+            self._stop_asked = True
+        if header.kind in (Kind.LEAVE, Kind.BYE):
+            member.state = State.LEFT if header.kind == Kind.LEAVE else State.GONE
+            self._count_living()
+        resume = self.noted(member, header)
+        if header.kind == Kind.READY:
+            self._resume(member, resume)
+
+    def noted(self, member: Member, header: Header) -> int:
+        """Answer a header; the version at which the worker's next computation begins."""
+        resume = self.policy.resumes_at(member.worker, member.next_sequence, self.version)
+        self._reply(member, header, Status.NOTED, resume=resume)
+        return resume
+
+    def announced(self, member: Member, header: Header, at_s: float, *, is_tie: bool) -> None:
+        """Take note of a gradient's header."""
+        if header.sequence != member.next_sequence or not 0 <= header.version <= self.version:
+            raise RuntimeError(
+                f"worker {member.worker} sent gradient {header.sequence} of version "
+                f"{header.version}, but its gradient {member.next_sequence} of a version up to "
+                f"{self.version} is due: the protocol is broken"
+            )
+        member.next_sequence += 1
+        member.account.handed = header.handed
+        member.state, member.header, member.is_tie = State.ANNOUNCED, header, is_tie
+        member.arrival = Arrival(member.worker, header.sequence, header.version, at_s)
+        member.compute_s.append(header.compute_s)
+
+    def _judge(self, member: Member) -> None:
+        """Decide about an announced gradient; lateness comes before anything else."""
+        arrival, step = member.came, self._step
+        decision = self.policy.judge(arrival, step)
+        if decision is Decision.LATE:
+            self.refuse(member, Status.LATE)
+        elif member.said.flags & NOT_FINITE:
+            self.refuse(member, Status.REJECTED, "the gradient has NaN or Inf")
+            self._count_rejection()
+        elif decision is Decision.HOLD:
+            if arrival not in step.held:
+                step.held.append(arrival)
+        elif member.link.is_whole(member.worker):
+            self._accept(member)
+        elif member.state is State.ANNOUNCED and member not in self._queue:
+            self._queue.append(member)
+
+    def _accept(self, member: Member) -> None:
+        """Count a whole gradient; nothing of it has entered the sum before."""
+        step, weight = self._step, float(member.said.samples) if self._weighted else None
+        if member.came in step.held:
+            step.held.remove(member.came)
+        step.accepted.append(member.came)
+        member.state = State.ACCEPTED
+        self._sum.add(member.link, member.worker, weight)
+        self._taken.append(Taken(member, member.said, member.came, member.is_tie))
+        self._rejected_in_a_row = 0
+        self._accepted_s = self.clock()
+        self._is_closing = self.policy.closes(step, self._accepted_s)
+        for arrival in list(step.held):
+            if arrival in step.held and not self._is_closing:
+                self._judge(self.members[arrival.worker])
+
+    def _whole(self, member: Member) -> None:
+        """The last byte of an asked-for gradient is in: now is when it arrived."""
+        if member.state is State.WANTED:
+            member.arrival = replace(member.came, at_s=self.clock())
+            if not self._is_closing:  # else it is judged when the next step opens
+                self._judge(member)
+
+    def _ask(self) -> None:
+        """Ask for payloads, first announced first, so many as the step still lacks.
+
+        One that stalls is not counted on: the next is asked for beside it, in its memory if there
+        is no other.
+        """
+        if not self._queue or self._is_closing:
+            return
+        now_s = self.clock()
+        wanted = [member for member in self.members if member.state is State.WANTED]
+        stalled = [m for m in wanted if not m.link.is_moving(m.worker, now_s)]
+        lacking = self.policy.target(self._step) - len(self._step.accepted)
+        lacking -= len(wanted) - len(stalled)
+        while self._queue and lacking > 0:
+            member = self._queue[0]
+            if member.link.want(member.worker):
+                self._queue.pop(0)
+                member.state = State.WANTED
+                lacking -= 1
+            elif self._sum.has_pending:
+                self._fold_now()
+            elif stalled:
+                loser = stalled.pop()
+                loser.link.release(loser.worker)
+                loser.state = State.ANNOUNCED
+                self._queue.append(loser)
+            else:
+                return
+
+    # -- verdicts ----------------------------------------------------------------------------------
+
+    def refuse(self, member: Member, status: Status, reason: str = "") -> None:
+        """Give a verdict that is not acceptance."""
+        self._forget(member)
+        late_by = self.version - member.said.version if status == Status.LATE else 0
+        self.ledger.enter(
+            "late" if status == Status.LATE else "rejected",
+            member,
+            member.said,
+            member.came,
+            self._step.opened_s,
+            late_by=late_by,
+            reason=reason or None,
+            travelled=member.link.is_whole(member.worker),
+        )
+        self._answer(member, status, late_by, reason or "late")
+
+    def _forget(self, member: Member) -> None:
+        if member in self._queue:
+            self._queue.remove(member)
+        self._step.held[:] = [a for a in self._step.held if a.worker != member.worker]
+
+    def _answer(
+        self, member: Member, status: Status, late_by: int = 0, reason: str = ""
+    ) -> None:
+        """Tell the verdict: the worker has its buffer back and may go on."""
+        header = member.said
+        resume = self.policy.resumes_at(member.worker, header.sequence + 1, self.version)
+        member.link.release(member.worker)
+        self._reply(member, header, status, resume=resume, late_by=late_by, reason=reason)
+        member.state, member.header, member.arrival = State.COMPUTING, None, None
+        self._resume(member, resume)
+
+    def _reply(
+        self,
+        member: Member,
+        header: Header,
+        status: Status,
+        *,
+        resume: int,
+        late_by: int = 0,
+        reason: str = "",
+    ) -> None:
+        reply = Reply(
+            header.incarnation,
+            Say.VERDICT,
+            status,
+            member.worker,
+            header.ordinal,
+            step=self._step.step,
+            newest=self.version,
+            late_by=late_by,
+            resume=resume,
+            waited_s=self.clock() - member.arrival.at_s if member.arrival else 0.0,
+            text=reason,
+        )
+        member.link.reply(member.worker, reply)
+
+    def _resume(self, member: Member, version: int) -> None:
+        member.waits_for = version
+        if version <= self.version:
+            self.serve_parameters(member)
+
+    def serve_parameters(self, member: Member) -> None:
+        """Let a worker that waits for them have the newest parameters."""
+        member.waits_for, member.since_s = -1, self.clock()
+        member.link.serve(member.worker)
+
+    def _count_rejection(self) -> None:
+        self._rejected_in_a_row += 1
+        limit = _REJECTIONS_PER_WORKER * len(self._step.alive)
+        if self._rejected_in_a_row >= limit:
+            self.fail(
+                f"the last {limit} gradients all had NaN or Inf: training has diverged at version "
+                f"{self.version}; lower the learning rate or clip the gradient"
+            )
+
+    def fail(self, reason: str) -> None:
+        """End the training on every rank.
+
+        Raises:
+            PeerFailed: Always.
+        """
+        self.end(reason)
+        for link in self.links:
+            link.flush()
+        raise PeerFailed(reason)
+
+    def end(self, failure: str) -> None:
+        """Tell every worker, once, that the training has ended at the newest version."""
+        if not self._has_ended:
+            self._has_ended = True
+            for link in self.links:
+                link.end(End(self.version, failure))
+
+    # -- folding, closing, opening -----------------------------------------------------------------
+
+    def _fold_now(self) -> None:
+        """Fold what is pending, so that its memory is free again."""
+        self._take_extras()
+        self._sum.fold(weighted=self._weighted)
+        for taken in self._taken[self._folded :]:
+            taken.member.link.release(taken.member.worker)
+        self._folded = len(self._taken)
+
+    def _take_extras(self) -> None:
+        if self._layout.extras_bytes:
+            block = self._layout.blocks[-1]
+            for taken in self._taken[self._folded :]:
+                self._extras.append(taken.member.link.gradient(taken.member.worker, block).copy())
+
+    def _answer_early(self) -> None:
+        """Where workers need not wait for the next version: go on once the gradient is in the sum."""
+        if self.policy.staleness == 0 or not self._sum.has_pending:
+            return
+        waiting = self._taken[self._folded :]
+        self._fold_now()
+        for taken in waiting:
+            self._answer(taken.member, Status.ACCEPTED)
+
+    def _close(self, now_s: float) -> ClosedStep:
+        step, headers = self._step, [taken.header for taken in self._taken]
+        samples = sum(header.samples for header in headers)
+        self._take_extras()
+        sums = self._sum.fold(
+            float(samples if self._weighted else len(headers)), weighted=self._weighted
+        )
+        for link in self.links:
+            link.begin(self.version + 1)
+        return ClosedStep(
+            step=step.step,
+            accepted=[(arrival.worker, arrival.sequence) for arrival in step.accepted],
+            mean=self._sum.mean,
+            finite=sums.finite,
+            extras=self._extras,
+            samples=samples,
+            loss=sum(header.loss for header in headers) / len(headers),
+            gradient_squares=sums.gradient_squares,
+            mean_square=sums.sum_squares,
+            closed_s=now_s,
+            reduced_s=self.clock(),
+            _publish=self._publish,
+        )
+
+    def _publish(self, closed: ClosedStep) -> StepRecord:
+        """Turn the version, give the verdicts, open the next step."""
+        if closed.step != self.version:
+            raise RuntimeError(f"step {closed.step} was published already")
+        updated_s = self.clock()
+        self.version += 1
+        for link in self.links:
+            link.publish(self.version, self.parameters)
+        if self.version == self._last:
+            self.end("")  # with the last version, so that nobody computes on it
+        for taken in self._taken:
+            if taken.member.state is State.ACCEPTED:
+                self._answer(taken.member, Status.ACCEPTED)
+        for member in self.members:
+            if 0 <= member.waits_for <= self.version:
+                self.serve_parameters(member)
+        for link in self.links:
+            link.flush()
+        record = self._recorded(closed, updated_s)
+        self._open(self._step.held)
+        return record
+
+    def _recorded(self, closed: ClosedStep, updated_s: float) -> StepRecord:
+        step, ledger, published_s = self._step, self.ledger, self.clock()
+        for t in self._taken:
+            ledger.enter("accepted", t.member, t.header, t.arrival, step.opened_s, tie=t.is_tie)
+        return StepRecord(
+            step=step.step,
+            opened_s=step.opened_s,
+            closed_s=closed.closed_s,
+            published_s=published_s,
+            target=self.policy.target(step),
+            alive=len(step.alive),
+            accepted=[(a.worker, a.sequence, a.version) for a in step.accepted],
+            arrivals=ledger.arrivals,
+            samples_used=closed.samples,
+            reduce_s=closed.reduced_s - closed.closed_s,
+            update_s=updated_s - closed.reduced_s,
+            publish_s=published_s - updated_s,
+            updated=closed.finite,
+            counts=dict(ledger.counts),
+            norms=(closed.gradient_squares, closed.mean_square) if self._norms else None,
+        )
+
+    def _open(self, held: list[Arrival]) -> None:
+        """Open the step of the newest version and judge again what is already there."""
+        self._step = OpenStep(self.version, self.clock(), len(self.members), set(), held=held)
+        self._count_living()
+        self.ledger.arrivals = []
+        self._taken: list[Taken] = []
+        self._folded = 0  # how many of the taken are in the sum
+        self._extras: list[np.ndarray] = []
+        self._is_closing = False
+        self._accepted_s = self._step.opened_s
+        known = [m for m in self.members if m.state in (State.ANNOUNCED, State.WANTED)]
+        for member in sorted(known, key=lambda member: member.came.at_s):
+            if not self._is_closing and member.state in (State.ANNOUNCED, State.WANTED):
+                self._judge(member)
+
+    def _count_living(self) -> None:
+        self._step.alive = {member.worker for member in self.members if member.is_alive}
+
+    # -- waiting -----------------------------------------------------------------------------------
+
+    def _idle(self, now_s: float) -> None:
+        """Nothing can be done at once: answer, fold early if that pays, look around, sleep."""
+        self._answer_early()
+        for link in self.links:
+            link.flush()
+        wake_s = min(self.policy.wakes_at(self._step), now_s + _LOOK_AFTER_S)
+        if self._sum.has_pending:
+            # a fuller pass is worth waiting for as long as the pass itself takes
+            fold_s = self._accepted_s + self._layout.size_bytes / _FOLD_BYTES_PER_S
+            if now_s >= fold_s:
+                self._fold_now()
+                return
+            wake_s = min(wake_s, fold_s)
+        if now_s >= self._look_after_s:
+            self._look_after_s = now_s + _LOOK_AFTER_S
+            self.look_for_lost()
+            self._stalls.look(now_s, self._step, self.members, self.policy.target(self._step))
+        self.wait(wake_s - now_s)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something may have come.
+
+        Only memory can wake a sleeper: with messages too, theirs, the last link, is the one that
+        sleeps, and never long.
+        """
+        self.links[-1].wait(max(0.0, timeout_s))
+
+    def look_for_lost(self) -> None:
+        """A worker whose process has ended without a word is late for ever.
+
+        Raises:
+            PeerFailed: No worker is left.
+        """
+        for member in self.members:
+            if member.state in (State.LOST, State.GONE) or not self.me.sees(member.peer):
+                continue
+            if member.peer.state() is None:
+                self._forget(member)
+                member.account.lost += member.account.in_flight
+                member.state, member.waits_for = State.LOST, -1
+                self._count_living()
+                if not self._step.alive:
+                    self.fail(f"{member.peer} ended, and no worker is left")
+
+    def close(self) -> None:
+        """Give back receives and memory."""
+        for link in self.links:
+            link.close()

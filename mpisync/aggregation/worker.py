@@ -1,0 +1,243 @@
+"""The worker's side of the step protocol."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from mpisync.aggregation.root import PeerFailed
+from mpisync.aggregation.verdict import Verdict
+from mpisync.transport.base import End, WorkerLink
+from mpisync.transport.peers import Peer
+from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Status
+
+_T = TypeVar("_T")
+_SHORTEST_S, _LONGEST_S = 1e-3, 20e-3
+_LOOK_AFTER_S = 0.25
+
+
+class Worker:
+    """Computes gradients: `pull` the parameters, fill `link.gradient`, `push`; again.
+
+    Args:
+        peers: The processes of all ranks; the last is the root's.
+        link: How this worker reaches the root.
+        rank: This worker's number.
+        incarnation: The run's.
+        stall_report_s: After how long without a word from the root to say so.
+    """
+
+    def __init__(
+        self,
+        peers: list[Peer],
+        link: WorkerLink,
+        rank: int,
+        incarnation: int,
+        *,
+        stall_report_s: float = 10.0,
+    ) -> None:
+        self.link = link
+        self.version = -1
+        self.sequence = 0
+        self.handed = 0  # samples handed to the loop
+        self.ended: End | None = None
+        self._me, self._root = peers[rank], peers[-1]
+        self._incarnation, self._ordinal = incarnation, 0
+        self._stall_report_s = stall_report_s
+        self._resume: int | None = None
+        self._pulled_s = time.monotonic()
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def pull(self) -> int | None:
+        """Wait for the parameters to compute on; their version, or None when training has ended.
+
+        Raises:
+            PeerFailed: Another rank failed.
+        """
+        if self._resume is None:
+            self._resume = self._ask(Kind.READY).resume
+        version = self._wait(self._newest_or_end, "the parameters")
+        if self.ended is not None:
+            return None
+        self.version, self._pulled_s = version, time.monotonic()
+        return version
+
+    def _newest_or_end(self) -> int | None:
+        if self._has_ended():
+            return -1
+        newest = self.link.newest()
+        return newest if self._resume is not None and newest >= self._resume else None
+
+    def read(self, target: np.ndarray) -> None:
+        """Copy the newest parameters whole into `target`, as many bytes as it has."""
+        self._wait(lambda: self._read(target), "the parameters")
+
+    def _read(self, target: np.ndarray) -> bool | None:
+        version = self.link.read(target)
+        self.version = version if version >= 0 else self.version
+        return version >= 0 or None
+
+    def push(
+        self,
+        *,
+        finite: bool,
+        samples: int = 1,
+        loss: float = math.nan,
+        data_s: float = 0.0,
+        fingerprint: int = 0,
+    ) -> Verdict:
+        """Send the gradient in `link.gradient` and wait for its verdict.
+
+        Raises:
+            PeerFailed: Another rank failed.
+        """
+        now_s = time.monotonic()
+        reply = self._ask(
+            Kind.GRADIENT,
+            flags=0 if finite else NOT_FINITE,
+            samples=samples,
+            loss=loss,
+            compute_s=now_s - self._pulled_s - data_s,
+            data_s=data_s,
+            stamp_s=now_s,
+            fingerprint=fingerprint,
+        )
+        self.sequence += 1
+        self._resume = reply.resume
+        return Verdict(
+            reply.step,
+            reply.status == Status.ACCEPTED,
+            reply.late_by,
+            reply.newest,
+            reply.text,
+            reply.waited_s,
+        )
+
+    def is_stale(self) -> bool:
+        """Whether the version being computed on is superseded already."""
+        return self.link.is_behind(self.version) or self.link.end() is not None
+
+    def stop(self) -> None:
+        """Ask the root to end the training everywhere."""
+        self._ask(Kind.STOP)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Contribute nothing more, wait for the end of the training and its final parameters."""
+        if self.ended is None and self._has_ended() is None:
+            self._ask(Kind.LEAVE)
+            self._wait(self._has_ended, "the end of the training")
+        assert self.ended is not None
+        final = self.ended.version
+        self._wait(lambda: self.link.newest() >= final or None, "the final parameters")
+        self.version = final
+
+    def fail(self, text: str) -> None:
+        """Tell the root that this worker's loop ended with an exception."""
+        if self.ended is None:
+            self._send(Kind.FAIL, text=text)
+
+    def say_goodbye(self, timeout_s: float) -> None:
+        """Send the last message and complete all sends, for at most `timeout_s` if the root hangs."""
+        ordinal = self._send(Kind.BYE)
+        give_up_s = time.monotonic() + timeout_s
+        while self.link.reply(ordinal) is None and self._root_lives():
+            if time.monotonic() > give_up_s:
+                return
+            self.link.wait(_SHORTEST_S)
+        self.link.close()
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        kind: Kind,
+        *,
+        flags: int = 0,
+        samples: int = 0,
+        loss: float = math.nan,
+        compute_s: float = 0.0,
+        data_s: float = 0.0,
+        stamp_s: float = 0.0,
+        fingerprint: int = 0,
+        text: str = "",
+    ) -> int:
+        self._ordinal += 1
+        header = Header(
+            self._incarnation,
+            kind,
+            flags,
+            self._me.rank,
+            self._ordinal,
+            self.sequence,
+            self.version,
+            samples,
+            self.handed,
+            loss,
+            compute_s,
+            data_s,
+            stamp_s or time.monotonic(),
+            fingerprint,
+            text,
+        )
+        self.link.send(header)
+        return self._ordinal
+
+    def _ask(self, kind: Kind, **fields: float | int | str) -> Reply:
+        ordinal = self._send(kind, **fields)  # type: ignore[arg-type]
+        return self._wait(lambda: self.link.reply(ordinal), "the root's reply")
+
+    def _has_ended(self) -> bool | None:
+        """Notice the end; a failure is raised at once, an end once the final parameters can be had."""
+        end = self.link.end()
+        if end is None:
+            return None
+        self.ended = end
+        if end.failure:
+            raise PeerFailed(end.failure)
+        return True
+
+    def _wait(self, ready: Callable[[], _T | None], what: str) -> _T:
+        """Sleep until `ready` returns something, looking after the root meanwhile."""
+        idle_s, began_s = _SHORTEST_S, time.monotonic()
+        look_s, report_s = began_s + _LOOK_AFTER_S, began_s + self._stall_report_s
+        while True:
+            result = ready()
+            if result is not None:
+                return result
+            end = self.link.end()
+            if end is not None and end.failure:
+                self.ended = end
+                raise PeerFailed(end.failure)
+            now_s = time.monotonic()
+            if now_s >= look_s:
+                look_s = now_s + _LOOK_AFTER_S
+                if not self._root_lives():
+                    raise PeerFailed(f"the root, {self._root}, ended without a word")
+                if now_s >= report_s:
+                    report_s = now_s + 2 * (now_s - began_s)
+                    self._report(what, now_s - began_s)
+            self.link.wait(idle_s)
+            idle_s = min(2 * idle_s, _LONGEST_S)
+
+    def _root_lives(self) -> bool:
+        return not self._me.sees(self._root) or self._root.state() is not None
+
+    def _report(self, what: str, waited_s: float) -> None:
+        state = self._root.state() if self._me.sees(self._root) else None
+        hint = ", which is stopped by a signal" if state == "T" else ""
+        print(
+            f"mpisync: {self._me} waits for {waited_s:.0f} s for {what} from {self._root}{hint}; "
+            f"it has version {self.version} and has sent {self.sequence} gradients "
+            f"(pid {os.getpid()})",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,121 @@
+"""How a gradient, or a parameter version, lies in one run of bytes.
+
+Both have the same shape: one segment per dtype, each starting on a 64-byte boundary, then `extras`: bytes that travel
+with them unread (which parameters had a gradient, module buffers). Blocks are the pieces that messages carry: a block
+never crosses a segment's end, so that it can be folded by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mpisync.kernels.dtypes import DTYPES, Dtype
+
+ALIGNMENT = 64
+BLOCK_BYTES = 4 << 20
+
+
+def aligned(size_bytes: int, to: int = ALIGNMENT) -> int:
+    """Round `size_bytes` up to a multiple of `to`."""
+    return -(-size_bytes // to) * to
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` elements of one dtype, `offset` bytes from the start."""
+
+    dtype: Dtype
+    count: int
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the elements, without padding."""
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements `start` to `stop` of segment `segment`; segment -1 is the extras, in bytes."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments and extras of a gradient or of a parameter version."""
+
+    segments: tuple[Segment, ...]
+    extras_bytes: int
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[str, int]], extras_bytes: int = 0) -> Layout:
+        """Lay out (dtype name, count) pairs one after the other."""
+        placed, offset = [], 0
+        for name, count in segments:
+            placed.append(Segment(DTYPES[name], count, offset))
+            offset += aligned(placed[-1].size_bytes)
+        return cls(tuple(placed), extras_bytes)
+
+    @cached_property
+    def extras_offset(self) -> int:
+        """Where the extras begin."""
+        return sum(aligned(segment.size_bytes) for segment in self.segments)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes in all, a multiple of the alignment."""
+        return self.extras_offset + aligned(self.extras_bytes)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The pieces in which messages carry it; the extras, if any, are the last."""
+        blocks = []
+        for index, segment in enumerate(self.segments):
+            step = BLOCK_BYTES // segment.dtype.itemsize
+            blocks += [
+                Block(index, start, min(start + step, segment.count))
+                for start in range(0, segment.count, step)
+            ]
+        if self.extras_bytes:
+            blocks.append(Block(-1, 0, self.extras_bytes))
+        return tuple(blocks)
+
+    @cached_property
+    def wholes(self) -> tuple[Block, ...]:
+        """Each segment as one block: what a fold uses when no gradient came in pieces."""
+        return tuple(Block(i, 0, segment.count) for i, segment in enumerate(self.segments))
+
+    def block_bytes(self, block: Block) -> int:
+        """Bytes that `block` takes."""
+        itemsize = 1 if block.segment < 0 else self.segments[block.segment].dtype.itemsize
+        return (block.stop - block.start) * itemsize
+
+    def view(self, memory: np.ndarray, block: Block) -> np.ndarray:
+        """The elements of `block` in `memory`, a uint8 array of `size_bytes` laid out like this."""
+        if block.segment < 0:
+            return memory[self.extras_offset + block.start : self.extras_offset + block.stop]
+        segment = self.segments[block.segment]
+        first = segment.offset + block.start * segment.dtype.itemsize
+        return memory[first : first + self.block_bytes(block)].view(segment.dtype.storage)
+
+    def arrays(self, memory: np.ndarray) -> list[np.ndarray]:
+        """Each segment of `memory` as an array of its storage dtype."""
+        return [self.view(memory, block) for block in self.wholes]
+
+    def extras(self, memory: np.ndarray) -> np.ndarray:
+        """The extras of `memory`, a uint8 view."""
+        return memory[self.extras_offset : self.extras_offset + self.extras_bytes]
+
+
+def aligned_bytes(size_bytes: int) -> np.ndarray:
+    """Allocate private zeroed bytes that start on a 64-byte boundary."""
+    raw = np.zeros(size_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size_bytes]

@@ -1,0 +1,72 @@
+"""Who is on the other side: the process behind a rank, and whether it lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A process of the job, known to all ranks after the session has begun."""
+
+    rank: int
+    host: str
+    boot: str  # identifies the running kernel: hosts that share a name are still told apart
+    namespace: str  # of pids
+    pid: int
+    started: int  # clock ticks: a pid that was used again is another process
+
+    @classmethod
+    def here(cls, rank: int) -> Peer:
+        """Describe the calling process."""
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+        kernel = boot.read_text().strip() if boot.exists() else socket.gethostname()
+        state = _stat(os.getpid())
+        started = state[1] if state else 0
+        return cls(rank, socket.gethostname(), kernel, namespace, os.getpid(), started)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Peer:
+        """Read what `vars(peer)` wrote."""
+        return cls(**fields)
+
+    def shares_kernel(self, other: Peer) -> bool:
+        """Whether both run under one kernel: their monotonic clocks agree."""
+        return self.boot == other.boot
+
+    def sees(self, other: Peer) -> bool:
+        """Whether the other's pid means the same process here."""
+        return self.shares_kernel(other) and self.namespace == other.namespace
+
+    def state(self) -> str | None:
+        """The kernel's one-letter state ("R", "S", "T" stopped, …); None when it is gone.
+
+        Meaningful only for a peer that this process `sees`.
+        """
+        now = _stat(self.pid)
+        if now is None or now[1] != self.started or now[0] in "ZX":
+            return None
+        return now[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process is gone."""
+        if self.state() is not None:
+            os.kill(self.pid, number)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])

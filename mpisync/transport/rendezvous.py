@@ -1,0 +1,290 @@
+"""How the ranks of a communicator become one root and its workers.
+
+Every step is a nonblocking collective on a private duplicate of the user's communicator, polled with sleeps, so that a
+rank that never comes is named instead of waited for in silence. What is exchanged is JSON; a problem that one rank has
+is raised on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from mpisync import launchers, settings, siblings
+from mpisync.kernels.fold import Reducer
+from mpisync.transport.base import RootLink, WorkerLink
+from mpisync.transport.layout import Layout
+from mpisync.transport.memory import SharedMemory
+from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
+from mpisync.transport.peers import Peer
+from mpisync.transport.shared import Board, SharedRootLink, SharedWorkerLink
+
+_private_key: int | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a rank brings to the meeting: everyone's must agree, and none may have a problem."""
+
+    content: str  # compared with the root's by `differ`
+    problem: str = ""
+    note: str = ""  # from the root to all: settings that hold for everyone
+
+
+@dataclass
+class Meeting:
+    """Who met, under which number, and what the root said."""
+
+    comm: MPI.Intracomm
+    root: int
+    incarnation: int
+    peers: list[Peer]
+    note: str
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank is the root."""
+        return self.comm.rank == self.root
+
+    @property
+    def workers(self) -> list[int]:
+        """The ranks that compute, in order; their positions are the workers' numbers."""
+        return [rank for rank in range(self.comm.size) if rank != self.root]
+
+
+def meet(
+    comm: MPI.Intracomm, claim: Claim, differ: Callable[[str, str], str | None]
+) -> Meeting:
+    """Bring all ranks of `comm` together; the last one is the root.
+
+    Raises:
+        RuntimeError: This process was started by the launcher of another MPI.
+        ValueError: Ranks disagree, or one of them has a problem; raised on every rank.
+    """
+    check_launcher(comm)
+    private = private_duplicate(comm)
+    root = private.size - 1
+    mine = {
+        "peer": vars(Peer.here(private.rank)),
+        "problem": claim.problem,
+        "content": claim.content,
+        "note": claim.note if private.rank == root else "",
+        "incarnation": secrets.randbits(63) if private.rank == root else 0,
+    }
+    said = [json.loads(text) for text in exchange(private, json.dumps(mine), "its settings")]
+    texts = [s["problem"] for s in said]
+    if texts[0] and len(set(texts)) == 1:
+        raise ValueError(texts[0])
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+    if not problems:
+        problems = [
+            f"rank {rank}: {difference}"
+            for rank, s in enumerate(said)
+            if (difference := differ(said[root]["content"], s["content"]))
+        ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    peers = [Peer.from_json(s["peer"]) for s in said]
+    return Meeting(private, root, said[root]["incarnation"], peers, said[root]["note"])
+
+
+def check_launcher(comm: MPI.Intracomm) -> None:
+    """Notice that each rank is alone although a launcher started several.
+
+    Raises:
+        RuntimeError: The launcher belongs to another MPI than the one mpi4py loaded.
+    """
+    expected = launchers.expected_size(os.environ)
+    if expected is not None and MPI.COMM_WORLD.size == 1 and expected[0] > 1:
+        size, launcher = expected
+        library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        raise RuntimeError(
+            f"{launcher} started {size} ranks, but this one is rank 0 of 1: mpi4py loaded another MPI "
+            f"({library}). Start with that MPI's own launcher, or with `mpisync run -n {size} ...`"
+        )
+
+
+def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """Duplicate `comm`, once in its life: later sessions on it use the same duplicate."""
+    global _private_key
+    if _private_key is None:
+        _private_key = MPI.Comm.Create_keyval(delete_fn=_free_private)
+    known = comm.Get_attr(_private_key)
+    if known is not None:
+        return known
+    private, request = comm.Idup()
+    poll(request, comm, "to reach the session")
+    comm.Set_attr(_private_key, private)
+    return private
+
+
+def _free_private(_comm: MPI.Comm, _key: int, private: MPI.Intracomm) -> None:
+    private.Free()
+
+
+def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
+    """Wait for a collective with sleeps, naming those who keep it waiting.
+
+    Raises:
+        RuntimeError: A rank has ended, or did not come within MPISYNC_START_TIMEOUT_S.
+    """
+    began_s, idle_s = time.monotonic(), 20e-6
+    limit_s = float(settings.read("MPISYNC_START_TIMEOUT_S"))
+    look_s, report_s = 1.0, float(settings.read("MPISYNC_STALL_REPORT_S"))
+    with siblings.marked(siblings.WAITS):
+        while not request.Test():
+            time.sleep(idle_s)
+            idle_s = min(idle_s * 2, 5e-3)
+            waited_s = time.monotonic() - began_s
+            if waited_s < look_s:
+                continue
+            look_s = waited_s + 1.0
+            if ended := siblings.ended():
+                raise RuntimeError(
+                    f"{_names(ended)} ended while the other ranks wait for it {what}: every rank of "
+                    "the communicator must come by here"
+                )
+            if waited_s > limit_s:
+                raise RuntimeError(
+                    f"after {waited_s:.0f} s not all {comm.size} ranks have come {what}; "
+                    f"{_names(siblings.absent()) or 'a rank of another node'} is missing: every rank "
+                    "of the communicator must come by here (MPISYNC_START_TIMEOUT_S sets the limit)"
+                )
+            if waited_s > report_s:
+                report_s = 2 * waited_s
+                print(
+                    f"mpisync: rank {comm.rank} waits for {waited_s:.0f} s for "
+                    f"{_names(siblings.absent()) or 'a rank of another node'} {what}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def _names(found: list[siblings.Sibling]) -> str:
+    return ", ".join(str(sibling) for sibling in found)
+
+
+def exchange(comm: MPI.Intracomm, text: str, what: str) -> list[str]:
+    """Give every rank everyone's text."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    counts = np.zeros(comm.size, np.int64)
+    poll(comm.Iallgather(np.array([data.size], np.int64), counts), comm, f"to say {what}")
+    everything = np.zeros(int(counts.sum()), np.uint8)
+    places = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    target = [everything, (counts.tolist(), places.tolist()), MPI.BYTE]
+    poll(comm.Iallgatherv([data, MPI.BYTE], target), comm, f"to say {what}")
+    return [
+        everything[p : p + c].tobytes().decode() for p, c in zip(places, counts, strict=True)
+    ]
+
+
+@dataclass
+class Memories:
+    """What this rank mapped: the board, and its own slot (the root: every mapped worker's)."""
+
+    board: SharedMemory | None
+    slots: dict[int, SharedMemory]
+    why_not: str = ""  # what kept the ranks of this node from sharing memory
+
+    def drop(self) -> None:
+        """Give everything back."""
+        for memory in (self.board, *self.slots.values()):
+            if memory is not None:
+                memory.close()
+        self.board, self.slots = None, {}
+
+
+def share(meeting: Meeting, layout: Layout, published: Layout, buffers: int) -> Memories:
+    """Map the board and slots among the ranks that can; the rest use messages. Collective.
+
+    A node is whoever manages to map its memory. Where another process's descriptors cannot be
+    opened, a file is tried.
+    """
+    if settings.read("MPISYNC_TRANSPORT") == "messages":
+        return Memories(None, {})
+    here = meeting.peers[meeting.root].boot
+    near = sum(meeting.peers[worker].boot == here for worker in meeting.workers)
+    memories, mapped = _share_once(meeting, layout, published, buffers, as_file=False)
+    if mapped < near:
+        memories.drop()
+        memories, mapped = _share_once(meeting, layout, published, buffers, as_file=True)
+    return memories
+
+
+def _share_once(
+    meeting: Meeting, layout: Layout, published: Layout, buffers: int, *, as_file: bool
+) -> tuple[Memories, int]:
+    comm, root, workers = meeting.comm, meeting.root, len(meeting.workers)
+    mine = Memories(None, {})
+
+    def attempt(action: Callable[[], SharedMemory]) -> SharedMemory | None:
+        try:
+            return action()
+        except OSError as error:
+            mine.why_not = str(error)
+            return None
+
+    if meeting.is_root:
+        size_bytes = Board.size_bytes(workers, published, buffers)
+        mine.board = attempt(lambda: SharedMemory.create(size_bytes, as_file=as_file))
+        if mine.board is not None:
+            Board(mine.board, workers, published, buffers).words[0] = -1  # no version yet
+    boards = exchange(comm, mine.board.address if mine.board else "", "where its memory is")
+    if boards[root] and not meeting.is_root:
+        mine.board = attempt(lambda: SharedMemory.attach(boards[root]))
+    if mine.board is not None and not meeting.is_root:
+        slot = attempt(lambda: SharedMemory.create(layout.size_bytes, as_file=as_file))
+        mine.slots = {comm.rank: slot} if slot is not None else {}
+    offered = mine.slots.get(comm.rank)
+    slots = exchange(comm, offered.address if offered else "", "where its memory is")
+    if meeting.is_root:
+        attached = {w: attempt(lambda w=w: SharedMemory.attach(slots[w])) for w in meeting.workers if slots[w]}
+        mine.slots = {w: memory for w, memory in attached.items() if memory is not None}
+    said = exchange(comm, json.dumps([sorted(mine.slots), mine.why_not]), "what it mapped")
+    mapped = json.loads(said[root])[0]
+    mine.why_not = next((why for text in said if (why := json.loads(text)[1])), "")
+    if not meeting.is_root and comm.rank not in mapped:
+        mine.drop()
+    for memory in (mine.board, *mine.slots.values()):
+        if memory is not None:
+            memory.unlink()
+    return mine, len(mapped)
+
+
+def root_links(
+    meeting: Meeting, layout: Layout, published: Layout, memories: Memories, buffers: int, reducer: Reducer
+) -> list[RootLink]:
+    """The root's side of every worker."""
+    links: list[RootLink] = []
+    if memories.board is not None and memories.slots:
+        board = Board(memories.board, len(meeting.workers), published, buffers)
+        links.append(
+            SharedRootLink(meeting.comm, meeting.incarnation, layout, board, memories.slots, reducer)
+        )
+    far = [worker for worker in meeting.workers if worker not in memories.slots]
+    if far:
+        links.append(
+            MessageRootLink(
+                meeting.comm, far, meeting.incarnation, layout, published, keeps_old=buffers > 1
+            )
+        )
+    return links
+
+
+def worker_link(
+    meeting: Meeting, layout: Layout, published: Layout, memories: Memories, buffers: int
+) -> WorkerLink:
+    """This worker's side."""
+    comm, root = meeting.comm, meeting.root
+    if memories.board is None:
+        return MessageWorkerLink(comm, root, meeting.incarnation, layout, published)
+    board = Board(memories.board, len(meeting.workers), published, buffers)
+    return SharedWorkerLink(comm, root, layout, published, board, memories.slots[comm.rank])

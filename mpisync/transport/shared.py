@@ -1,0 +1,268 @@
+"""Transport through memory shared on a node: only the header travels, as an MPI message.
+
+The root owns the *board*: parameters, versions and replies. Each worker owns its *slot*: one gradient. Words of the
+board that one side polls are written with release and read with acquire; the pairs are
+
+    SEQUENCES[r]  root: `begin`, `publish`     worker: `newest`, `is_behind`, `read`   (a seqlock around buffer r)
+    NEWEST        root: `publish`              worker: `newest`
+    STATE         root: `end`                  worker: `end`
+    answered      root: `reply`                worker: `reply`
+    BELL          worker: `send` (an atomic add, then a futex wake)     root: `wait`
+    NEWS          root: every write above      worker: `wait`
+
+and the slot is handed over by the header itself.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from mpisync.kernels.atomics import fence, fetch_add, load_acquire, store_release
+from mpisync.kernels.fold import Reducer
+from mpisync.transport.base import End, RootLink, WorkerLink
+from mpisync.transport.layout import Block, Layout, aligned
+from mpisync.transport.memory import Futex, SharedMemory
+from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Reply, Tag
+
+_PAGE = 4096
+_NEWEST, _STATE, _FINAL, _SEQUENCES = 0, 8, 16, 24  # int64 words, on cache lines of their own
+_BELL, _NEWS = 512, 528  # uint32 words
+_FAILURE, _FAILURE_BYTES = 3072, 1024
+_LINE_BYTES = 64 + aligned(REPLY_BYTES)
+_RUNNING, _ENDED = 0, 1
+_SPIN_S = 20e-6
+
+
+class Board:
+    """The root's shared memory as both sides see it."""
+
+    def __init__(self, memory: SharedMemory, workers: int, published: Layout, buffers: int) -> None:
+        raw = memory.bytes
+        self.memory = memory
+        self.buffers = buffers
+        self.words = raw[:_PAGE].view(np.int64)
+        self.bells = raw[:_PAGE].view(np.uint32)
+        self.failure = raw[_FAILURE : _FAILURE + _FAILURE_BYTES]
+        self.lines = raw[_PAGE : _PAGE + workers * _LINE_BYTES].reshape(workers, _LINE_BYTES)
+        self.answered = self.lines.view(np.int64)[:, 0]
+        start, size = aligned(_PAGE + workers * _LINE_BYTES, _PAGE), published.size_bytes
+        stride = aligned(size, _PAGE)
+        self.parameters = [raw[start + i * stride :][:size] for i in range(buffers)]
+
+    @staticmethod
+    def size_bytes(workers: int, published: Layout, buffers: int) -> int:
+        """Bytes that a board takes."""
+        lines = aligned(_PAGE + workers * _LINE_BYTES, _PAGE)
+        return lines + buffers * aligned(published.size_bytes, _PAGE)
+
+    def news(self) -> Futex:
+        """What workers sleep on."""
+        return Futex(self.bells, _NEWS)
+
+    def bell(self) -> Futex:
+        """What the root sleeps on."""
+        return Futex(self.bells, _BELL)
+
+
+class SharedRootLink(RootLink):
+    """The root's side for the workers that share its memory."""
+
+    in_pieces = False
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        incarnation: int,
+        layout: Layout,
+        board: Board,
+        slots: dict[int, SharedMemory],
+        reducer: Reducer,
+    ) -> None:
+        super().__init__(comm, slots, incarnation)
+        self.layout = layout
+        self.board = board
+        self._slots = slots
+        self._reducer = reducer
+        self._news, self._bell = board.news(), board.bell()
+        self._heard = 0
+        self._told = True
+
+    def headers(self) -> list[Header]:
+        """Take in the headers that have arrived."""
+        heard = super().headers()
+        self._heard = (self._heard + len(heard)) & 0xFFFFFFFF
+        return heard
+
+    def progress(self) -> list[int]:
+        """Nothing is ever under way: a gradient is whole when its header arrives."""
+        return []
+
+    def want(self, worker: int) -> bool:
+        """Nothing need be asked for."""
+        return True
+
+    def is_whole(self, worker: int) -> bool:
+        """A gradient is whole before its header is sent."""
+        return True
+
+    def is_moving(self, worker: int, now_s: float) -> bool:
+        """A whole gradient has arrived."""
+        return True
+
+    def gradient(self, worker: int, block: Block) -> np.ndarray:
+        """A view of the worker's slot."""
+        return self.layout.view(self._slots[worker].bytes, block)
+
+    def release(self, worker: int) -> None:
+        """The slot is the worker's again once it has its reply."""
+
+    def reply(self, worker: int, reply: Reply) -> None:
+        """Write the worker's line of the board."""
+        reply.pack_into(self.board.lines[worker].data, 64)
+        store_release(self.board.answered, worker, reply.ordinal)
+        self._told = False
+
+    def begin(self, version: int) -> None:
+        """Make the buffer that will hold `version` unreadable until `publish`."""
+        index = version % self.board.buffers
+        store_release(self.board.words, _SEQUENCES + index, 2 * version - 1)
+        fence()
+
+    def publish(self, version: int, parameters: np.ndarray) -> None:
+        """Copy the parameters to the board, unless they live there, and turn the version."""
+        index = version % self.board.buffers
+        target = self.board.parameters[index]
+        if target.ctypes.data != parameters.ctypes.data:
+            self._reducer.copy(parameters, target)
+        store_release(self.board.words, _SEQUENCES + index, 2 * version)
+        store_release(self.board.words, _NEWEST, version)
+        self._told = False
+
+    def serve(self, worker: int) -> None:
+        """The board is open to all."""
+
+    def end(self, end: End) -> None:
+        """Write why, then the state."""
+        text = end.failure.encode()[: _FAILURE_BYTES - 1]
+        self.board.failure[: len(text)] = np.frombuffer(text, np.uint8)
+        self.board.words[_FINAL] = end.version
+        store_release(self.board.words, _STATE, _ENDED)
+        self._told = False
+
+    def flush(self) -> None:
+        """Wake the workers once for all that was written."""
+        if not self._told:
+            fetch_add(self.board.bells, _NEWS, 1)
+            self._news.wake()
+            self._told = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a worker rang whose header MPI has not shown yet."""
+        return load_acquire(self.board.bells, _BELL) != self._heard
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a worker rings."""
+        seen = load_acquire(self.board.bells, _BELL)
+        if seen == self._heard:
+            self._bell.wait(seen, timeout_s)
+        else:
+            time.sleep(_SPIN_S)
+
+    def close(self) -> None:
+        """Give back receives and memory."""
+        super().close()
+        self.board.memory.close()
+        for memory in self._slots.values():
+            memory.close()
+
+
+class SharedWorkerLink(WorkerLink):
+    """A worker's side, on the root's node."""
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        root: int,
+        layout: Layout,
+        published: Layout,
+        board: Board,
+        slot: SharedMemory,
+    ) -> None:
+        self.layout, self.published = layout, published
+        self.gradient = slot.bytes
+        self.parameters = board.parameters[0]
+        self._comm, self._root, self._worker = comm, root, comm.rank
+        self._board, self._slot = board, slot
+        self._news, self._bell = board.news(), board.bell()
+        self._seen = 0
+        self._sends: list[tuple[MPI.Request, bytearray]] = []
+        # with a core to spare a short look costs less than the sleep and wake that it saves
+        self._spin_s = _SPIN_S if len(os.sched_getaffinity(0)) > comm.size else 0.0
+
+    def send(self, header: Header) -> None:
+        """Post the header, then ring."""
+        buffer = bytearray(HEADER_BYTES)
+        header.pack_into(buffer)
+        request = self._comm.Isend([buffer, MPI.BYTE], dest=self._root, tag=Tag.HEADER)
+        self._sends.append((request, buffer))
+        fetch_add(self._board.bells, _BELL, 1)
+        self._bell.wake()
+
+    def reply(self, ordinal: int) -> Reply | None:
+        """Read this worker's line."""
+        if load_acquire(self._board.answered, self._worker) < ordinal:
+            return None
+        return Reply.unpack(self._board.lines[self._worker].data, 64)
+
+    def newest(self) -> int:
+        """Read the newest version and the lock of its buffer."""
+        words = self._board.words
+        version = load_acquire(words, _NEWEST)
+        lock = load_acquire(words, _SEQUENCES + version % self._board.buffers)
+        return version if lock == 2 * version else -1
+
+    def is_behind(self, version: int) -> bool:
+        """One read: the buffer's lock where there is one buffer, else the newest version."""
+        if self._board.buffers == 1:
+            return load_acquire(self._board.words, _SEQUENCES) != 2 * version
+        return load_acquire(self._board.words, _NEWEST) > version
+
+    def read(self, target: np.ndarray) -> int:
+        """Copy the newest parameters, then make sure that they were not overwritten meanwhile."""
+        version = self.newest()
+        if version < 0:
+            return -1
+        index = version % self._board.buffers
+        np.copyto(target, self._board.parameters[index][: target.size])
+        fence()
+        return version if self._board.words[_SEQUENCES + index] == 2 * version else -1
+
+    def end(self) -> End | None:
+        """Read the state, then why."""
+        if load_acquire(self._board.words, _STATE) == _RUNNING:
+            return None
+        text = self._board.failure.tobytes().split(b"\0", 1)[0].decode(errors="replace")
+        return End(int(self._board.words[_FINAL]), text)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until the root has written something since the last look."""
+        self._sends = [send for send in self._sends if not send[0].Test()]
+        give_up = time.monotonic() + self._spin_s
+        while load_acquire(self._board.bells, _NEWS) == self._seen:
+            if time.monotonic() >= give_up:
+                self._news.wait(self._seen, timeout_s)
+                break
+        self._seen = load_acquire(self._board.bells, _NEWS)
+
+    def close(self) -> None:
+        """Complete the sends and unmap."""
+        MPI.Request.Waitall([request for request, _ in self._sends])
+        self._sends.clear()
+        self.gradient = self.parameters = np.empty(0, np.uint8)
+        self._slot.close()
+        self._board.memory.close()

@@ -1,0 +1,135 @@
+"""What travels between a worker and the root: two fixed structs and nothing else.
+
+A worker sends a `Header` for every message it starts; the root answers every header with exactly one `Reply`, and sends
+further replies to workers that it reaches by messages only (asking for blocks, sending parameters). Both are checked
+before use; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+
+class Tag(enum.IntEnum):
+    """MPI tags on the private communicator."""
+
+    HEADER = 1
+    REPLY = 2
+    GRADIENT_BLOCK = 3
+    PARAMETER_BLOCK = 4
+
+
+class Kind(enum.IntEnum):
+    """What a worker says in a header."""
+
+    READY = 6  # about to begin; the reply says at which version
+    GRADIENT = 1  # a gradient is ready
+    LEAVE = 2  # this worker contributes nothing more
+    STOP = 3  # end the training everywhere
+    FAIL = 4  # an exception ended this worker's loop; the text names it
+    BYE = 5  # the last message of a worker: it has the final parameters
+
+
+class Say(enum.IntEnum):
+    """What the root says in a reply."""
+
+    VERDICT = 1
+    WANT = 2  # send blocks first .. first+count-1 of the announced gradient
+    BLOCK = 3  # a parameter block follows
+    PUBLISHED = 4  # every block of version `newest` has been sent
+    BEHIND = 5  # there is a newer version than the one this worker computes on
+    END = 6  # the training has ended (text empty) or failed (text says why)
+
+
+class Status(enum.IntEnum):
+    """The verdict on a message."""
+
+    ACCEPTED = 1
+    LATE = 2
+    REJECTED = 3
+    NOTED = 4  # LEAVE, STOP, FAIL, BYE: heard
+
+
+NOT_FINITE = 1  # header flag: the worker found NaN or Inf in its gradient
+
+_HEADER = struct.Struct("<QBBHiqqqqqddddQ160s")
+_REPLY = struct.Struct("<QBBHiqqqqqdii416s")
+HEADER_BYTES = _HEADER.size
+REPLY_BYTES = _REPLY.size
+
+
+class Header(NamedTuple):
+    """A worker's message; `incarnation` keeps messages of another run from ever fitting this one."""
+
+    incarnation: int
+    kind: int
+    flags: int
+    worker: int
+    ordinal: int  # numbers this worker's messages from 1; replies quote it
+    sequence: int  # numbers its computations from 0
+    version: int  # of the parameters it computed on
+    samples: int
+    handed: int  # samples handed to its loop so far
+    loss: float
+    compute_s: float
+    data_s: float
+    stamp_s: float  # CLOCK_MONOTONIC when the gradient was complete
+    fingerprint: int
+    text: str = ""
+
+    def pack_into(self, buffer: bytearray | memoryview) -> None:
+        """Write the struct at the start of `buffer`."""
+        _HEADER.pack_into(
+            buffer, 0, self.incarnation, self.kind, self.flags, 0, self.worker, self.ordinal,
+            self.sequence, self.version, self.samples, self.handed, self.loss, self.compute_s,
+            self.data_s, self.stamp_s, self.fingerprint, clip_text(self.text, 160),
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, buffer: bytearray | memoryview) -> Header:
+        """Read the struct at the start of `buffer`."""
+        incarnation, kind, flags, _, *rest, text = _HEADER.unpack_from(buffer, 0)
+        return cls(incarnation, kind, flags, *rest, text=_text(text))
+
+
+class Reply(NamedTuple):
+    """The root's answer to message `ordinal`, or one of the root's own messages."""
+
+    incarnation: int
+    say: int
+    status: int = 0
+    worker: int = -1
+    ordinal: int = 0
+    step: int = -1  # the step that judged the gradient
+    newest: int = -1  # newest version of the parameters
+    late_by: int = 0
+    resume: int = -1  # version at which the next computation must begin
+    waited_s: float = 0.0  # from arrival to verdict
+    first: int = 0
+    count: int = 0
+    text: str = ""
+
+    def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
+        """Write the struct at `offset` of `buffer`."""
+        _REPLY.pack_into(
+            buffer, offset, self.incarnation, self.say, self.status, 0, self.worker, self.ordinal,
+            self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
+            self.count, clip_text(self.text, 416),
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, buffer: bytearray | memoryview, offset: int = 0) -> Reply:
+        """Read the struct at `offset` of `buffer`."""
+        incarnation, say, status, _, *rest, text = _REPLY.unpack_from(buffer, offset)
+        return cls(incarnation, say, status, *rest, text=_text(text))
+
+
+def clip_text(text: str, limit: int) -> bytes:
+    """Encode `text` in at most `limit` bytes without cutting a character in two."""
+    return text.encode()[:limit].decode(errors="ignore").encode()
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="replace")
