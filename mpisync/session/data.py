@@ -1,0 +1,209 @@
+"""Batches for ever: each worker's own share of the data, each batch under its own seed."""
+
+import itertools
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader
+
+from mpisync.session.samples import count_samples
+from mpisync.session.seeds import Stream, seed_everything
+from mpisync.session.shards import Share, draws_by_default, share_of
+
+
+class Source(Protocol):
+    """Where a worker's batches come from, an epoch at a time."""
+
+    length: int | None
+    """Batches in every epoch, where any of them can be reached at no cost; None elsewhere."""
+
+    def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
+        """Yield the epoch's batches but the first `skip`; the first of all has `sequence`."""
+        ...
+
+
+class SharedLoader:
+    """A DataLoader whose samplers torch chose: every worker draws its own share of them."""
+
+    def __init__(self, loader: DataLoader[Any], worker: int, workers: int, seed: int) -> None:
+        self._share = Share(loader, worker, workers, seed)
+        # The last worker's share is the smallest: if it is empty, all of them say so.
+        if not self._share.count(workers - 1):
+            raise ValueError(
+                f"the loader's {self._share.samples} samples do not make one batch for each of "
+                f"{workers} workers (batch_size={loader.batch_size}, drop_last="
+                f"{loader.drop_last}): use fewer workers, smaller batches or more data"
+            )
+        self._loader = share_of(loader, self._share)
+        self.length: int | None = len(self._share)
+
+    def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
+        """Yield the worker's share of the epoch; batches left out are not even read."""
+        self._share.begin(epoch, sequence, skip)
+        yield from self._loader
+
+
+class SharedList:
+    """A plain list or tuple of batches, of which every worker takes every W-th."""
+
+    def __init__(self, batches: Sequence[Any], worker: int, workers: int) -> None:
+        if len(batches) < workers:
+            raise ValueError(
+                f"a {type(batches).__name__} of {len(batches)} batches is too short for "
+                f"{workers} workers: each needs one at least"
+            )
+        self._batches = batches[worker::workers]
+        self.length: int | None = len(self._batches)
+
+    def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
+        """Yield the worker's batches, in the list's order in every epoch."""
+        return iter(self._batches[skip:])
+
+
+class OwnIterable:
+    """Anything else that can be iterated, taken as it is: its maker knows which data are whose.
+
+    Its random numbers follow from (seed, worker, sequence) as long as it draws them from the
+    global generators, or seeds its own when it is iterated.
+    """
+
+    def __init__(self, loader: Iterable[Any], worker: int, seed: int) -> None:
+        self.length: int | None = None
+        self._loader = loader
+        self._worker = worker
+        self._seed = seed
+        self._once = isinstance(loader, Iterator)
+
+    def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
+        """Yield what the iterable gives, telling its samplers about the epoch first."""
+        if epoch and self._once:
+            raise ValueError(
+                f"the data ended at batch {sequence} and can be iterated only once "
+                f"({type(self._loader).__name__}): pass a DataLoader, a list, or an object whose "
+                "__iter__ starts again, or ask for fewer steps"
+            )
+        _tell_epoch(self._loader, epoch)
+        seed_everything(self._seed, self._worker, sequence, Stream.LOADER)
+        batches = iter(self._loader)
+        for number in itertools.count(sequence):
+            seed_everything(self._seed, self._worker, number, Stream.DATA)
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+
+
+def _tell_epoch(loader: Iterable[Any], epoch: int) -> None:
+    """Call set_epoch wherever the loader has one, as DistributedSampler wants it."""
+    samplers = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    inner = getattr(samplers[0], "sampler", None)
+    heard: list[Any] = []
+    listeners: tuple[Any, ...] = (loader, getattr(loader, "dataset", None), *samplers, inner)
+    for listener in listeners:
+        if hasattr(listener, "set_epoch") and not any(listener is other for other in heard):
+            listener.set_epoch(epoch)
+            heard.append(listener)
+
+
+def shard(loader: Iterable[Any], worker: int, workers: int, seed: int) -> Source:
+    """Return a worker's share of what `loader` yields.
+
+    A DataLoader that draws in order or shuffles by default is divided among the workers, so is a
+    list or tuple of batches. A sampler that the caller made, an IterableDataset and any other
+    iterable are respected as they are.
+    """
+    if isinstance(loader, DataLoader) and draws_by_default(loader):
+        return SharedLoader(loader, worker, workers, seed)
+    if isinstance(loader, list | tuple):
+        return SharedList(loader, worker, workers)
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"batches needs an iterable of batches, not {type(loader).__name__}")
+    return OwnIterable(loader, worker, seed)
+
+
+class Batches:
+    """Iterates for ever over a worker's share: yields (batch, sequence).
+
+    Before each batch is handed out the global generators of torch, NumPy and random are seeded
+    from (seed, worker, sequence), so that the same three give the same computation again.
+
+    Args:
+        loader: What the user passed: a DataLoader, a list of batches, any iterable.
+        worker: This worker's number.
+        workers: How many workers share the data.
+        seed: The run's seed, the same on all workers.
+        start: Sequence of the first batch to hand out.
+        skip: How many batches come before it in the data; `start` unless given. A loader that
+            cannot be entered in the middle draws and drops so many.
+
+    Attributes:
+        data_s: Seconds that the caller waited for the newest batch.
+        batch_samples: Samples in the newest batch.
+        samples: Samples handed out so far.
+        sequence: Sequence of the next batch.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        worker: int,
+        workers: int,
+        seed: int,
+        start: int = 0,
+        skip: int | None = None,
+    ) -> None:
+        source = shard(loader, worker, workers, seed)
+        self._drawn = _draw(source, start, start if skip is None else skip)
+        self._worker = worker
+        self._seed = seed
+        self.data_s = 0.0
+        self.batch_samples = 0
+        self.samples = 0
+        self.sequence = start
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[Any, int]:
+        began_s = time.perf_counter()
+        batch, sequence = next(self._drawn)
+        self.data_s = time.perf_counter() - began_s
+        self.batch_samples = count_samples(batch)
+        self.samples += self.batch_samples
+        self.sequence = sequence + 1
+        seed_everything(self._seed, self._worker, sequence, Stream.LOOP)
+        return batch, sequence
+
+    def close(self) -> None:
+        """Let the loader go, and with it the processes it has started."""
+        self._drawn.close()
+
+
+# Not a method: a generator that holds its Batches would make a cycle, and the loader's processes
+# would live on until a garbage collection finds it.
+def _draw(source: Source, start: int, skip: int) -> Generator[tuple[Any, int], None, None]:
+    """Yield batch after batch, each with its sequence, from `start`, the `skip`-th of the data."""
+    first, offset = divmod(skip, source.length) if source.length else (0, 0)
+    sequence = start - offset if source.length else start - skip
+    for epoch in itertools.count(first):
+        began = sequence + offset
+        batches = source.epoch(epoch, sequence, offset)
+        sequence = began
+        for batch in batches:
+            if sequence >= start:
+                yield batch, sequence
+            sequence += 1
+        if sequence == began:
+            raise ValueError(_nothing(epoch))
+        offset = 0
+
+
+def _nothing(epoch: int) -> str:
+    if epoch:
+        return (
+            f"epoch {epoch} of the loader yielded nothing, though the one before it did: it can "
+            "be iterated only once; pass one that starts again when iterated"
+        )
+    return "the loader yields no batches: it is empty, or drop_last drops all it has"
