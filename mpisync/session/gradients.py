@@ -1,0 +1,84 @@
+"""Gradients into a slot, and whether they are finite, in as few passes over memory as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpisync.kernels.dtypes import DTYPES, Dtype
+from mpisync.session.places import Place, Views
+
+Array = np.ndarray[Any, Any]
+PackKernel = Callable[[Array, Array, Dtype], bool]
+
+# From this size on the kernel, which copies and checks in one pass, beats torch's two (1.0 to 2.1
+# times); on small tensors torch's two for all of them together beat it ten times, by its calls.
+LARGE_BYTES = 1 << 20
+
+
+class GradientCopier:
+    """Copies gradients to their places."""
+
+    def __init__(self, segments: Sequence[tuple[str, int]], places: Sequence[Place]) -> None:
+        self._places = places
+        self._dtypes = [DTYPES[segments[place.segment][0]] for place in places]
+        self._large = [
+            place.count * dtype.itemsize >= LARGE_BYTES
+            for place, dtype in zip(places, self._dtypes, strict=True)
+        ]
+        self._spans: list[tuple[int, int, int]] = []  # segment, start, stop: between large ones
+        for segment, (_, count) in enumerate(segments):
+            start = 0
+            for place, large in zip(places, self._large, strict=True):
+                if large and place.segment == segment:
+                    self._spans.append((segment, start, place.offset))
+                    start = place.offset + place.count
+            self._spans.append((segment, start, count))
+
+    def copy(self, gradients: Sequence[Tensor | None], slot: Views, kernel: PackKernel) -> bool:
+        """Copy the gradients, zero where there is none, and say whether all are finite."""
+        finite = True
+        sources, targets, absent = [], [], []
+        for index, (gradient, target) in enumerate(zip(gradients, slot.tensors, strict=True)):
+            if gradient is None:
+                absent.append(target)
+            elif self._large[index]:
+                finite &= self._copy_large(index, gradient, target, kernel)
+            else:
+                sources.append(gradient)
+                targets.append(target)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+        if absent:
+            torch._foreach_zero_(absent)
+        return finite and all(
+            is_finite(slot.segments[segment][start:stop]) for segment, start, stop in self._spans
+        )
+
+    def _copy_large(self, index: int, gradient: Tensor, target: Tensor, kernel: PackKernel) -> bool:
+        if gradient.stride() != target.stride() or gradient.dtype is not target.dtype:
+            target.copy_(gradient)
+            return is_finite(_flat(target))
+        return kernel(_array(gradient), _array(target), self._dtypes[index])
+
+
+def _flat(dense: Tensor) -> Tensor:
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _array(dense: Tensor) -> Array:
+    flat = _flat(dense)
+    return (flat.view(torch.uint16) if flat.itemsize == 2 else flat).numpy()
+
+
+def is_finite(flat: Tensor) -> bool:
+    """Say whether all elements of a flat tensor are finite."""
+    if not len(flat):
+        return True
+    # One vectorised pass that NaN survives, fast as memory; isfinite().all() is 40 times slower.
+    smallest, largest = torch.aminmax(flat)
+    return bool(torch.isfinite(smallest) and torch.isfinite(largest))

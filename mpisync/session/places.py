@@ -1,0 +1,110 @@
+"""Where each parameter lies in flat memory.
+
+One segment per dtype; each tensor begins on a 64-byte boundary and keeps its own memory format.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpisync.kernels.dtypes import DTYPES
+from mpisync.session.signature import plain_name
+
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter lies."""
+
+    name: str
+    segment: int
+    offset: int  # in elements
+    count: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Flat segments, and each travelling tensor as a view of them."""
+
+    segments: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
+
+
+def lay_out(
+    trained: Sequence[tuple[str, Tensor]],
+) -> tuple[tuple[tuple[str, int], ...], tuple[Place, ...]]:
+    """Place tensors in one segment per dtype; the places come in the order of `trained`."""
+    names = [str(tensor.dtype).removeprefix("torch.") for _, tensor in trained]
+    for name, (parameter, _) in zip(names, trained, strict=True):
+        if name not in DTYPES:
+            raise TypeError(
+                f"parameter {plain_name(parameter)!r} is {name}: use one of {', '.join(DTYPES)}"
+            )
+    present = [name for name in DTYPES if name in names]
+    counts = dict.fromkeys(present, 0)
+    places = []
+    for name, (parameter, tensor) in zip(names, trained, strict=True):
+        step = ALIGNMENT_BYTES // DTYPES[name].itemsize
+        stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape).stride()
+        places.append(
+            Place(
+                plain_name(parameter),
+                present.index(name),
+                counts[name],
+                tensor.numel(),
+                tuple(tensor.shape),
+                tuple(stride),
+            )
+        )
+        counts[name] += -(-tensor.numel() // step) * step
+    return tuple(counts.items()), tuple(places)
+
+
+def tensor_of(segment: np.ndarray[Any, Any] | Tensor, dtype: str) -> Tensor:
+    """Return a flat segment as a tensor; uint16 arrays hold a 16-bit `dtype`."""
+    if isinstance(segment, Tensor):
+        return segment
+    with warnings.catch_warnings():
+        # Parameters may be mapped read-only, to find whoever writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(segment)
+    return tensor.view(getattr(torch, dtype)) if tensor.dtype is torch.uint16 else tensor
+
+
+def view_of(flat: Tensor, place: Place) -> Tensor:
+    """Return the tensor at `place` in its flat segment."""
+    return flat[place.offset : place.offset + place.count].as_strided(place.shape, place.stride)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether the elements fill their memory without gaps or overlaps, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def refuse_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that share memory without being one Parameter: they would come apart."""
+    spans = sorted((p.data_ptr(), p.numel() * p.element_size(), name) for name, p in named)
+    for (start, size, one), (later, other_size, other) in pairwise(spans):
+        if size and other_size and later < start + size:
+            raise ValueError(
+                f"parameters {plain_name(one)!r} and {plain_name(other)!r} share memory and are "
+                "two Parameters: tie them by assigning the same Parameter to both"
+            )
