@@ -1,0 +1,166 @@
+"""Traps for what an ordinary training loop brings and a worker must not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class StepTrap:
+    """Makes optimizer.step() and scheduler.step() raise until it is undone."""
+
+    def __init__(self, optimizer: Optimizer, scheduler: Any | None) -> None:  # noqa: ANN401
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        # A scheduler has put a wrapper of its own there, in the instance: it must come back.
+        self._step = vars(optimizer).get("step")
+        vars(optimizer)["step"] = _optimizer_step
+        self._kind = type(scheduler)
+        if scheduler is not None:
+            # Its class, not its instance: state_dict() returns whatever the instance holds.
+            names = {"step": _scheduler_step, "__module__": self._kind.__module__}
+            scheduler.__class__ = type(self._kind.__name__, (self._kind,), names)
+        self._set = True
+
+    def undo(self) -> None:
+        """Put everything back as it was; once is enough, twice does no harm."""
+        if not self._set:
+            return
+        self._set = False
+        del vars(self._optimizer)["step"]
+        if self._step is not None:
+            vars(self._optimizer)["step"] = self._step
+        if self._scheduler is not None:
+            self._scheduler.__class__ = self._kind
+
+    def __enter__(self) -> StepTrap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def forbid_steps(optimizer: Optimizer, scheduler: Any | None = None) -> StepTrap:  # noqa: ANN401
+    """Make left-over calls of step() on a worker say which line to delete."""
+    return StepTrap(optimizer, scheduler)
+
+
+def _optimizer_step(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError(
+        "optimizer.step() was called on a worker: the root updates the parameters, from the mean "
+        "of the accepted gradients; delete this line, session.step(loss) takes its place"
+    )
+
+
+# A scheduler that is made while the trap is set looks for this mark before it wraps step().
+_optimizer_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _scheduler_step(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError(
+        "scheduler.step() was called on a worker: the root steps the scheduler, once a version; "
+        "delete this line and pass it as Session(..., scheduler=scheduler)"
+    )
+
+
+class GroupWatch:
+    """Notices that a worker changed the optimizer's param_groups, where it has no effect."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.reset()
+
+    def reset(self) -> None:
+        """Take the groups as they are now for unchanged."""
+        self._groups = [_settings(group) for group in self._optimizer.param_groups]
+        self._members = [_members(group) for group in self._optimizer.param_groups]
+
+    def check(self) -> None:
+        """Raise RuntimeError if a group was added or a setting changed since the last reset."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._groups):
+            raise RuntimeError(
+                f"the optimizer has {len(groups)} param_groups on a worker and had "
+                f"{len(self._groups)} when the session began: add groups before Session, on "
+                "every rank"
+            )
+        for index, (group, before) in enumerate(zip(groups, self._groups, strict=True)):
+            for key, value in before.items():
+                if key not in group or not _same(group[key], value):
+                    now = group.get(key, "nothing")
+                    raise RuntimeError(
+                        f"param_groups[{index}][{key!r}] was changed from {value} to {now} on a "
+                        "worker, where it has no effect: the root's optimizer makes the updates; "
+                        "use Session(..., scheduler=scheduler), or change it in on_step=, which "
+                        "runs at the root"
+                    )
+            if _members(group) != self._members[index]:
+                raise RuntimeError(
+                    f"param_groups[{index}]['params'] was changed on a worker: choose the "
+                    "parameters before Session, on every rank"
+                )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def _members(group: dict[str, Any]) -> list[int]:
+    return [id(parameter) for parameter in group["params"]]
+
+
+def _same(one: Any, other: Any) -> bool:  # noqa: ANN401
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other or bool(one == other)
+
+
+class WriteWatch:
+    """Notices that user code wrote to parameters that all workers of a node share.
+
+    It sees in-place operations on the parameter and replaced memory. It cannot see writes through
+    `parameter.data` or `.numpy()`: only a read-only mapping can.
+
+    Args:
+        named: The shared parameters with their names.
+        remedy: How to get parameters that may be written to, for the message.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], remedy: str) -> None:
+        self._names, self._parameters = zip(*named, strict=True)
+        self._remedy = remedy
+        self._turn = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Take the parameters as they are now for untouched."""
+        self._versions = [parameter._version for parameter in self._parameters]
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+
+    def check(self) -> None:
+        """Raise RuntimeError naming the first parameter that was written to or replaced."""
+        versions = [parameter._version for parameter in self._parameters]
+        if versions != self._versions:
+            pairs = zip(versions, self._versions, strict=True)
+            index = next(index for index, (now, before) in enumerate(pairs) if now != before)
+            raise RuntimeError(
+                f"parameter {self._names[index]!r} was written to in place on a worker, but all "
+                f"workers compute with that memory: {self._remedy}"
+            )
+        # Addresses cost as much as versions do, and what replaces memory (model.to, model.half)
+        # replaces all of it: one parameter a time, in turn.
+        self._turn = (self._turn + 1) % len(self._parameters)
+        if self._parameters[self._turn].data_ptr() != self._addresses[self._turn]:
+            raise RuntimeError(
+                f"parameter {self._names[self._turn]!r} was given other memory on a worker "
+                "(model.to(), model.half(), an assignment to .data), so it no longer follows the "
+                f"run: do that before Session; {self._remedy}"
+            )

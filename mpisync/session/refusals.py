@@ -1,0 +1,108 @@
+"""What a session refuses, by name and with what to do instead, before anything is allocated."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer, SparseAdam
+
+from mpisync.kernels.dtypes import DTYPES
+from mpisync.session.signature import plain_name
+
+# By name: importing torch.distributed's classes takes seconds, and whoever wraps has done it.
+WRAPPERS = {
+    "DistributedDataParallel": "pass model.module: the session averages the gradients itself",
+    "FullyShardedDataParallel": "pass a whole model: every worker needs all parameters",
+    "FSDPModule": "pass a model without fully_shard: every worker needs all parameters",
+}
+
+
+def check_model_and_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise TypeError or ValueError for what cannot be trained by a session."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_modules(model)
+    for name, parameter in model.named_parameters():
+        _check_tensor(f"parameter {plain_name(name)!r}", parameter)
+        _check_parameter(f"parameter {plain_name(name)!r}", parameter)
+    for name, buffer in model.named_buffers():
+        _check_tensor(f"buffer {plain_name(name)!r}", buffer)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no trainable parameters: none has requires_grad=True")
+    _check_optimizer(model, optimizer)
+
+
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"module {plain_name(name)!r}" if name else "the model"
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
+                raise TypeError(f"{where} is a {kind.__name__}: {WRAPPERS[kind.__name__]}")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise TypeError(
+                f"{where} is an {type(module).__name__}(sparse=True): sparse gradients are not "
+                "supported; use sparse=False"
+            )
+
+
+def _check_tensor(what: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{what} is not initialised: run one forward pass (model(x)) before Session, on "
+            "every rank, and make the optimizer after it"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{what} is on the meta device and has no values: call model.to_empty(device='cpu') "
+            "and initialise it before Session"
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"{what} is on {tensor.device}: this version keeps parameters in host memory; "
+            "use model.cpu()"
+        )
+
+
+def _check_parameter(what: str, parameter: Tensor) -> None:
+    if nn.Parameter not in type(parameter).__mro__:
+        # Parameters of tensor subclasses have the subclass's type.
+        raise TypeError(
+            f"{what} is a {type(parameter).__name__}: sharded and other special tensors are not "
+            "supported; pass a model of plain parameters"
+        )
+    if parameter.layout is not torch.strided:
+        raise TypeError(f"{what} is sparse ({parameter.layout}): make it dense")
+    name = str(parameter.dtype).removeprefix("torch.")
+    if parameter.requires_grad and name not in DTYPES:
+        raise TypeError(f"{what} is {name}: use one of {', '.join(DTYPES)}")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be one torch.optim.Optimizer, not {type(optimizer).__name__}"
+        )
+    name = type(optimizer).__name__
+    if _needs_closure(optimizer):  # LBFGS does
+        raise TypeError(
+            f"{name} evaluates the loss again in every step (it needs a closure), which the root "
+            "cannot: use an optimizer that steps from gradients alone, such as SGD or AdamW"
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise TypeError(f"{name} needs sparse gradients, which are not supported: use Adam")
+    known = {id(parameter) for parameter in model.parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"param_groups[{index}]['params'][{position}], {list(parameter.shape)}, is not "
+                    "a parameter of the model: make the optimizer from this model's parameters"
+                )
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
