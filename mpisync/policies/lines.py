@@ -96,14 +96,13 @@ def _value(kind: Kind, value: Json, where: str) -> Json:
         if isinstance(value, str):
             return _expect(value in _SPELLED, "float", _SPELLED.get(value, value), where)
         return float(_expect(type(value) in (int, float), "float", value, where))
-    if is_dataclass(kind):
-        return _object(kind, _expect(type(value) is dict, "object", value, where), where)
-    origin: Kind = typing.get_origin(kind)
-    parts = typing.get_args(kind)
+    origin, parts = _shape(kind)
     if origin is types.UnionType:  # the only unions here are `X | None`
         return None if value is None else _value(parts[0], value, where)
     if origin is Literal:
         return _expect(value in parts, " or ".join(parts), value, where)
+    if origin is object:
+        return _object(kind, _expect(type(value) is dict, "object", value, where), where)
     if origin is dict:
         items = _expect(type(value) is dict, "object", value, where).items()
         return {key: _value(parts[1], item, f"{where}.{key}") for key, item in items}
@@ -111,9 +110,16 @@ def _value(kind: Kind, value: Json, where: str) -> Json:
         _expect(type(value) is list, "list", value, where)
         if origin is list:
             parts = parts * len(value)
-        _expect(len(value) == len(parts), f"list of {len(parts)}", value, where)
-        return origin(_value(part, item, where) for part, item in zip(parts, value, strict=True))
+        elif len(value) != len(parts):
+            _expect(False, f"list of {len(parts)}", value, where)
+        return origin([_value(part, item, where) for part, item in zip(parts, value, strict=True)])
     return value  # Any
+
+
+@cache
+def _shape(kind: Kind) -> tuple[Kind, tuple[Kind, ...]]:
+    """Take a hint apart: its origin, which is object for a dataclass, and its arguments."""
+    return object if is_dataclass(kind) else typing.get_origin(kind), typing.get_args(kind)
 
 
 def _object(kind: Kind, document: dict[str, Any], where: str) -> Json:
