@@ -8,7 +8,17 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "Async": "mpisync.policies",
+    "BackupWorkers": "mpisync.policies",
+    "Deadline": "mpisync.policies",
+    "PartialReduce": "mpisync.session.partial",
+    "PeerFailed": "mpisync.aggregation.root",
+    "Replay": "mpisync.policies",
+    "Session": "mpisync.session.session",
+    "StepRecord": "mpisync.policies",
+    "Verdict": "mpisync.aggregation.verdict",
+}
 
 __all__ = ["__version__", *_HOMES]
 

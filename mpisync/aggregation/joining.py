@@ -80,9 +80,13 @@ class Place:
         return self.meeting.is_root
 
     @property
-    def shares_parameters(self) -> bool:
-        """Whether root and workers may look at one copy of the parameters, updated in place."""
-        return self._buffers == 1 and self._memories.board is not None
+    def reads_in_place(self) -> bool:
+        """Whether a worker may compute on the bytes that the root writes or sends.
+
+        With messages they change only while the worker waits. In shared memory they are updated in
+        place, and whoever still computes on them is late; where late gradients count they are not.
+        """
+        return self._buffers == 1 or self._memories.board is None
 
     def _home(self) -> np.ndarray:
         """Where the root keeps the parameters: in the shared memory if they may be read in place."""

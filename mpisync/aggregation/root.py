@@ -62,6 +62,7 @@ class ClosedStep:
         loss: Their mean loss; NaN where a worker gave none.
         gradient_squares: Σ‖g_j‖² over the accepted gradients; 0.0 unless norms were asked for.
         mean_square: ‖mean‖², likewise.
+        fingerprints: Of the accepted gradients, to notice workers that compute the same.
     """
 
     step: int
@@ -73,6 +74,7 @@ class ClosedStep:
     loss: float
     gradient_squares: float
     mean_square: float
+    fingerprints: list[int]
     closed_s: float
     reduced_s: float
     _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
@@ -161,6 +163,11 @@ class Root:
                     "the next one"
                 )
 
+    @property
+    def mean(self) -> list[np.ndarray]:
+        """Where every step's mean will be, one array a segment."""
+        return self._sum.mean
+
     def stop(self) -> None:
         """End the training before another step closes."""
         self._stop_asked = True
@@ -245,12 +252,12 @@ class Root:
         decision = self.policy.judge(arrival, step)
         if decision is Decision.LATE:
             self.refuse(member, Status.LATE)
+        elif decision is Decision.HOLD:
+            self._unhold(member)
+            step.held.append(arrival)
         elif member.said.flags & NOT_FINITE:
             self.refuse(member, Status.REJECTED, "the gradient has NaN or Inf")
             self._count_rejection()
-        elif decision is Decision.HOLD:
-            if arrival not in step.held:
-                step.held.append(arrival)
         elif member.link.is_whole(member.worker):
             self._accept(member)
         elif member.state is State.ANNOUNCED and member not in self._queue:
@@ -259,8 +266,7 @@ class Root:
     def _accept(self, member: Member) -> None:
         """Count a whole gradient; nothing of it has entered the sum before."""
         step, weight = self._step, float(member.said.samples) if self._weighted else None
-        if member.came in step.held:
-            step.held.remove(member.came)
+        self._unhold(member)
         step.accepted.append(member.came)
         member.state = State.ACCEPTED
         self._sum.add(member.link, member.worker, weight)
@@ -329,6 +335,9 @@ class Root:
     def _forget(self, member: Member) -> None:
         if member in self._queue:
             self._queue.remove(member)
+        self._unhold(member)
+
+    def _unhold(self, member: Member) -> None:
         self._step.held[:] = [a for a in self._step.held if a.worker != member.worker]
 
     def _answer(
@@ -448,6 +457,7 @@ class Root:
             loss=sum(header.loss for header in headers) / len(headers),
             gradient_squares=sums.gradient_squares,
             mean_square=sums.sum_squares,
+            fingerprints=[header.fingerprint for header in headers],
             closed_s=now_s,
             reduced_s=self.clock(),
             _publish=self._publish,

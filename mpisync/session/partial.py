@@ -15,7 +15,6 @@ from mpisync.aggregation.root import ClosedStep, Root
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of
-from mpisync.kernels.fold import pack
 from mpisync.policies import Policy, StepRecord
 from mpisync.session.ends import chosen_policy, leave_root, leave_worker, problem_of
 from mpisync.transport.layout import Layout
@@ -178,7 +177,7 @@ class PartialReduce:
         source = self.gradient if gradient is None else gradient
         self._check(source, "the gradient")
         stored = self._dtype.stored(np.ascontiguousarray(source)).reshape(-1)
-        finite = pack(stored, self.gradient.reshape(-1), self._dtype)
+        finite = self._place.reducer.pack(stored, self.gradient.reshape(-1), self._dtype)
         worker.handed += samples
         return worker.push(finite=finite, samples=samples, loss=loss)
 

@@ -1,0 +1,171 @@
+"""A worker's side of a torch session."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from mpi4py import MPI
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mpisync.aggregation.verdict import Verdict
+from mpisync.session.data import Batches
+from mpisync.session.ends import leave_worker
+from mpisync.session.flat import FlatModel
+from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.session.joint import Joint
+from mpisync.session.threads import torch_threads
+from mpisync.transport.layout import aligned_bytes
+
+if TYPE_CHECKING:
+    from mpisync.session.session import Settings
+
+_REMEDY = "pass own_copy=True to Session to give each worker parameters of its own"
+_SAMPLE = 256  # elements of a gradient that its fingerprint looks at
+
+
+class Computing:
+    """Draws batches, sends gradients and takes parameters."""
+
+    def __init__(
+        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
+    ) -> None:
+        self._joint = Joint(comm, model, optimizer, settings, "")
+        self._place, self._flat = self._joint.place, self._joint.flat
+        self._seed = settings.seed
+        self._worker = self._place.worker()
+        self.worker, self.workers = comm.rank, comm.size - 1
+        self._threads = torch_threads(self._place.meeting)
+        link = self._worker.link
+        self._slot = self._flat.views(link.layout.arrays(link.gradient))
+        extras = link.layout.extras(link.gradient)
+        self._presence = extras[: len(self._flat.parameters)]
+        self._buffers = self._flat.buffers.views(extras[self._joint.presence_bytes :])
+        in_place = self._place.reads_in_place and not settings.own_copy
+        self._memory = link.parameters if in_place else aligned_bytes(link.published.size_bytes)
+        self._reads = not in_place
+        self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
+        self._flat.bind(self._joint.parameters(self._memory))
+        self._trap = forbid_steps(optimizer, settings.scheduler)
+        self._groups = GroupWatch(optimizer)
+        named = zip(self._flat.names, self._flat.parameters, strict=True)
+        self._writes = WriteWatch(named, _REMEDY) if in_place else None
+        self._data: Batches | None = None
+        self._has_batch = False
+        self._average: dict[str, Tensor] | None = None
+        self._has_average = settings.ema is not None
+
+    @property
+    def version(self) -> int:
+        """Of the parameters that this worker has."""
+        return self._worker.version
+
+    def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
+        """Yield batches until training ends; how many steps there are is the root's to know."""
+        self._data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
+        try:
+            running = self._pull()
+            while running:
+                batch, _ = next(self._data)
+                self._worker.handed = self._data.samples
+                self._has_batch = True
+                yield batch
+                if self._has_batch:
+                    raise RuntimeError(
+                        "the loop went on to the next batch without session.step(loss): call it "
+                        "once for every batch"
+                    )
+                running = self._worker.ended is None
+                if running and self._worker.is_stale():
+                    running = self._pull()
+        finally:
+            self._data.close()
+
+    def step(self, loss: float, samples: int | None) -> Verdict:
+        """Send the gradient, learn its verdict, take the newest parameters."""
+        if self._data is None or not self._has_batch:
+            raise RuntimeError(
+                "session.step must follow a batch of session.batches, once for each"
+            )
+        self._has_batch = False
+        self._groups.check()
+        if self._writes is not None:
+            self._writes.check()
+        packed = self._flat.pack_gradients(self._slot)
+        self._presence[:] = np.frombuffer(packed.presence, np.uint8)
+        self._flat.buffers.pack(self._buffers)
+        counted = self._data.batch_samples if samples is None else samples
+        if counted < 1:
+            raise ValueError(f"a gradient must be the mean of at least 1 sample, not {counted}")
+        self._worker.handed += counted - self._data.batch_samples
+        self._data.samples += counted - self._data.batch_samples
+        verdict = self._worker.push(
+            finite=packed.finite,
+            samples=counted,
+            loss=loss,
+            data_s=self._data.data_s,
+            fingerprint=self._fingerprint(),
+        )
+        self._pull()
+        return verdict
+
+    def _fingerprint(self) -> int:
+        """A number that two workers share only if they computed the same gradient; 0 for zeros."""
+        gradient = max(self._slot.segments, key=len)
+        sample = gradient[:: max(1, len(gradient) // _SAMPLE)].float().numpy()
+        return zlib.crc32(sample.tobytes()) if sample.any() else 0
+
+    def _pull(self) -> bool:
+        """Take the newest parameters and module buffers; False when the training has ended."""
+        while True:
+            running = self._worker.pull() is not None
+            if not running:
+                self._worker.finish()
+            if self._reads:
+                self._worker.read(self._memory)
+            # a late step leaves no trace: these are the published ones, whatever ours have become
+            self._flat.buffers.load(self._published_buffers)
+            if not running or self._reads or not self._worker.link.is_behind(self._worker.version):
+                return running
+
+    def stale(self) -> bool:
+        """Whether the step that this worker computes for has closed."""
+        return self._worker.is_stale()
+
+    def stop(self) -> None:
+        """Ask the root to end the training."""
+        self._worker.stop()
+
+    def fill(self, twin: FlatModel, *, average: bool) -> None:
+        """Write the newest parameters and buffers, whole, into a copy of the model."""
+        memory = aligned_bytes(self._place.published.size_bytes)
+        self._worker.copy_newest(memory)
+        twin.load((self._joint.averages if average else self._joint.parameters)(memory))
+        twin.buffers.load(twin.buffers.views(self._place.published.extras(memory)))
+
+    def average(self) -> dict[str, Tensor] | None:
+        """The average of the parameters, by name, once the session has ended."""
+        return self._average
+
+    def leave(self, error: BaseException | None) -> None:
+        """Leave the run; without an error this rank has the final parameters."""
+        self._trap.undo()
+        try:
+            if error is None:
+                self._worker.finish()
+                if self._reads:
+                    self._worker.read(self._memory)
+                self._flat.buffers.load(self._published_buffers)
+                if self._has_average:
+                    views = self._joint.averages(self._worker.link.parameters)
+                    self._average = {
+                        name: view.clone()
+                        for name, view in zip(self._flat.names, views.tensors, strict=True)
+                    }
+        finally:
+            self._flat.unbind()
+            self._threads.restore()
+            leave_worker(self._worker, error)

@@ -1,0 +1,89 @@
+"""What a root and a worker of a torch session have in common: their layouts and their place."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mpi4py import MPI
+from torch import nn
+from torch.optim import Optimizer
+
+from mpisync.aggregation.joining import Place
+from mpisync.session.ends import problem_of
+from mpisync.session.flat import FlatModel, Views
+from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.session.signature import difference
+from mpisync.transport.layout import Layout, aligned, aligned_bytes
+from mpisync.transport.rendezvous import Claim, poll
+
+if TYPE_CHECKING:
+    from mpisync.session.session import Settings
+
+
+class Joint:
+    """The model as it travels, and this rank's place in the run. Collective.
+
+    A gradient's extras are a byte a parameter that says whether it had a gradient, then the module
+    buffers; a version's extras are the module buffers. The average, if there is one, follows the
+    parameters in segments of its own.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings, problem: str
+    ) -> None:
+        problem = (
+            problem
+            or problem_of(lambda: settings.policy.check(comm.size - 1))
+            or problem_of(lambda: check_model_and_optimizer(model, optimizer))
+            or problem_of(lambda: FlatModel(model))
+        )
+        if problem:  # meet() raises it on every rank
+            empty = Layout.of([])
+            Place(comm, Claim("", problem), _differ, empty, empty, settings.policy)
+        self.flat = FlatModel(model)
+        self.presence_bytes = aligned(len(self.flat.parameters))
+        self.segments = len(self.flat.segments)
+        buffers_bytes = self.flat.buffers.size_bytes
+        layout = Layout.of(self.flat.segments, self.presence_bytes + buffers_bytes)
+        copies = 1 if settings.ema is None else 2
+        published = Layout.of([*self.flat.segments] * copies, buffers_bytes)
+        said = {
+            "policy": str(settings.policy),
+            "seed": settings.seed,
+            "weight": settings.weight,
+            "ema": settings.ema,
+            "own_copy": settings.own_copy,
+        }
+        content = json.dumps([said, self.flat.signature().decode()])
+        self.place = Place(comm, Claim(content), _differ, layout, published, settings.policy)
+        self._share_frozen()
+
+    def _share_frozen(self) -> None:
+        """Frozen parameters never travel again: everyone takes the root's values now."""
+        frozen, meeting = self.flat.frozen, self.place.meeting
+        if frozen.size_bytes:
+            values = aligned_bytes(frozen.size_bytes)
+            views = frozen.views(values)
+            if meeting.is_root:
+                frozen.pack(views)
+            request = meeting.comm.Ibcast([values, MPI.BYTE], root=meeting.root)
+            poll(request, meeting.comm, "to share frozen parameters")
+            frozen.load(views)
+
+    def parameters(self, memory: np.ndarray) -> Views:
+        """The parameters in a version's bytes."""
+        return self.flat.views(self.place.published.arrays(memory)[: self.segments])
+
+    def averages(self, memory: np.ndarray) -> Views:
+        """Their average in a version's bytes."""
+        return self.flat.views(self.place.published.arrays(memory)[self.segments :])
+
+
+def _differ(root: str, here: str) -> str | None:
+    (theirs, their_model), (ours, our_model) = json.loads(root), json.loads(here)
+    for name, value in theirs.items():
+        if ours[name] != value:
+            return f"{name} is {ours[name]!r} here and {value!r} on the root: all ranks must agree"
+    return difference(their_model.encode(), our_model.encode())

@@ -1,0 +1,178 @@
+"""The root's side of a torch session."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from mpi4py import MPI
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import mpisync
+from mpisync.aggregation.root import ClosedStep
+from mpisync.policies import RecordWriter, RunHeader
+from mpisync.session.ends import leave_root, problem_of
+from mpisync.session.flat import FlatModel
+from mpisync.session.joint import Joint
+from mpisync.session.threads import torch_threads
+from mpisync.session.update import Update
+
+if TYPE_CHECKING:
+    from mpisync.session.session import Settings
+
+
+class Serving:
+    """Turns closed steps into updates."""
+
+    worker = None
+
+    def __init__(
+        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
+    ) -> None:
+        self._settings = settings
+        self._writer: RecordWriter | None = None
+        problem = problem_of(self._open_record)
+        self._joint = Joint(comm, model, optimizer, settings, problem)
+        self._place, self._flat = self._joint.place, self._joint.flat
+        self.workers = comm.size - 1
+        self._threads = torch_threads(self._place.meeting)
+        memory = self._place.parameters
+        parameters = self._joint.parameters(memory)
+        self._flat.store(parameters)
+        self._flat.bind(parameters)
+        self._extras = self._place.published.extras(memory)
+        self._buffers = self._flat.buffers.views(self._extras)
+        self._flat.buffers.pack(self._buffers)
+        self._averages: tuple[Tensor, ...] = ()
+        if settings.ema is not None:
+            averages = self._joint.averages(memory)
+            self._flat.store(averages)
+            self._averages = averages.tensors
+        self._update = Update(
+            self._flat.parameters,
+            optimizer,
+            settings.scheduler,
+            settings.clip_norm,
+            settings.ema,
+            self._averages,
+        )
+        self._root = self._place.root(weighted=settings.weight == "samples")
+        self._mean = self._flat.views(self._root.mean)
+        self._average: dict[str, Tensor] | None = None
+        self._warned = False
+        self._write_header()
+
+    def _open_record(self) -> None:
+        if self._settings.record is not None:
+            try:
+                self._writer = RecordWriter(self._settings.record)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+
+    def _write_header(self) -> None:
+        if self._writer is not None:
+            peers = self._place.meeting.peers
+            self._writer.header(
+                RunHeader(
+                    policy=str(self._settings.policy),
+                    workers=self.workers,
+                    seed=self._settings.seed,
+                    started_unix_s=time.time(),
+                    version=mpisync.__version__,
+                    hosts=[peer.host for peer in peers[:-1]],
+                    settings={
+                        "weight": self._settings.weight,
+                        "clip_norm": self._settings.clip_norm,
+                        "ema": self._settings.ema,
+                    },
+                )
+            )
+
+    @property
+    def version(self) -> int:
+        """How many updates the parameters have had."""
+        return self._root.version
+
+    def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
+        """Serve until the end; yields nothing, for the root does not train."""
+        progress = self._progress(steps)
+        for closed in self._root.serve(steps):
+            self._take(closed)
+            record = closed.publish()
+            if self._writer is not None:
+                self._writer.step(record)
+            if progress is not None:
+                progress.step(record)
+            if self._settings.on_step is not None:
+                self._settings.on_step(record)
+        yield from ()
+
+    def _progress(self, steps: int | None) -> None:
+        return None
+
+    def _take(self, closed: ClosedStep) -> None:
+        """Update everything that the next version publishes; nothing if the mean is refused."""
+        self._warn_of_equals(closed)
+        if not closed.finite:
+            return
+        split = self._joint.presence_bytes
+        presence = np.bitwise_or.reduce([extras[:split] for extras in closed.extras])
+        self._flat.assign_gradients(self._mean, bytes(presence[: len(self._flat.parameters)]))
+        self._update.apply()
+        if self._extras.size:
+            self._flat.buffers.average(self._extras, [extras[split:] for extras in closed.extras])
+
+    def _warn_of_equals(self, closed: ClosedStep) -> None:
+        seen: dict[int, int] = {}
+        for (worker, _), fingerprint in zip(closed.accepted, closed.fingerprints, strict=True):
+            other = seen.setdefault(fingerprint, worker)
+            if fingerprint and other != worker and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"workers {other} and {worker} sent equal gradients for step {closed.step}: do "
+                    "they draw the same batches? A sampler or iterable of your own must give each "
+                    "worker (session.worker of session.workers) data of its own",
+                    stacklevel=2,
+                )
+
+    def step(self, loss: float, samples: int | None) -> NoReturn:
+        """The root has no batches, so nothing to step from."""
+        raise RuntimeError("session.step is a worker's: call it inside session.batches only")
+
+    def stale(self) -> bool:
+        """The root computes nothing that could be stale."""
+        return False
+
+    def stop(self) -> None:
+        """End the training before another step closes."""
+        self._root.stop()
+
+    def fill(self, twin: FlatModel, *, average: bool) -> None:
+        """Write the newest parameters and buffers into a copy of the model."""
+        memory = self._place.parameters
+        twin.load((self._joint.averages if average else self._joint.parameters)(memory))
+        twin.buffers.load(twin.buffers.views(self._extras))
+
+    def average(self) -> dict[str, Tensor] | None:
+        """The average of the parameters, by name, once the session has ended."""
+        return self._average
+
+    def leave(self, error: BaseException | None) -> None:
+        """End the training everywhere."""
+        try:
+            self._flat.buffers.load(self._buffers)
+            if self._averages:
+                pairs = zip(self._flat.names, self._averages, strict=True)
+                self._average = {name: view.clone() for name, view in pairs}
+            # MPI still sends from this memory until everyone has said goodbye
+            leave_root(self._root, error)
+        finally:
+            self._flat.unbind()
+            self._threads.restore()
+            if self._writer is not None:
+                self._writer.close()
+

@@ -1,0 +1,244 @@
+"""The torch face: a training loop whose gradients are averaged over the first workers of each step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from mpi4py import MPI
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mpisync import ending
+from mpisync.aggregation.verdict import Verdict
+from mpisync.policies import Policy, StepRecord
+from mpisync.session.alone import Alone
+from mpisync.session.computing import Computing
+from mpisync.session.ends import chosen_policy
+from mpisync.session.flat import FlatModel
+from mpisync.session.serving import Serving
+from mpisync.transport.rendezvous import check_launcher
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the script asked for; see `Session`."""
+
+    policy: Policy
+    scheduler: Any | None
+    seed: int
+    weight: Literal["equal", "samples"]
+    clip_norm: float | None
+    ema: float | None
+    own_copy: bool
+    record: str | None
+    on_step: Callable[[StepRecord], object] | None
+    progress: bool
+
+
+class Session:
+    """Trains a torch model with backup workers; every rank runs the same script.
+
+    The last rank of `comm` becomes the root aggregator: its loop body never runs. The others are
+    workers. Started as a single process the script trains alone, and the policy is ignored.
+
+    Args:
+        comm: The communicator; a private duplicate is used.
+        model: Has the same parameters on every rank; the root's initial values hold for all.
+        optimizer: Any torch optimizer without a closure; only the root's is stepped.
+        policy: When a step closes and which gradients count: `BackupWorkers(b)`, `Deadline`,
+            `Async`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
+        scheduler: A learning-rate scheduler of `optimizer`, stepped by the root once a version.
+        seed: What batches and random numbers follow from, with worker and sequence.
+        weight: "equal", or "samples" to weight each gradient by its samples.
+        clip_norm: The largest global norm of the mean gradient.
+        ema: Decay of an exponential moving average of the parameters, 0.9999 in the paper.
+        own_copy: Give each worker its own copy of the parameters, which it may then write to.
+        record: A file for one JSON line a step; `Replay` reads it.
+        on_step: Called at the root with every step's `StepRecord`.
+        progress: Whether the root prints a progress line.
+
+    Raises:
+        ValueError: Ranks disagree, or the model, optimizer or policy cannot be used; on every rank.
+
+    Example:
+        >>> import torch, mpisync
+        >>> from mpi4py import MPI
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> data = [(torch.ones(4, 2), torch.ones(4, 1))]
+        >>> with mpisync.Session(MPI.COMM_SELF, model, optimizer) as session:
+        ...     for x, y in session.batches(data, steps=3):
+        ...         loss = torch.nn.functional.mse_loss(model(x), y)
+        ...         loss.backward()
+        ...         verdict = session.step(loss)
+        >>> session.version
+        3
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        policy: Policy | None = None,
+        scheduler: Any | None = None,  # noqa: ANN401 (torch has no common class for schedulers)
+        seed: int = 0,
+        weight: Literal["equal", "samples"] = "equal",
+        clip_norm: float | None = None,
+        ema: float | None = None,
+        own_copy: bool = False,
+        record: str | None = None,
+        on_step: Callable[[StepRecord], object] | None = None,
+        progress: bool = True,
+    ) -> None:
+        ending.install()
+        if weight not in ("equal", "samples"):
+            raise ValueError(f'weight must be "equal" or "samples", not {weight!r}')
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"ema must lie between 0 and 1, as a decay does, not {ema}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be greater than 0, not {clip_norm}")
+        self._comm, self._model, self._optimizer = comm, model, optimizer
+        self._settings = Settings(
+            chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
+            on_step, progress,
+        )  # fmt: skip
+        self._role: Alone | Computing | Serving | None = None
+        self._has_batches = False
+        self._evaluated = 0
+        self.average: dict[str, Tensor] | None = None
+
+    def __enter__(self) -> Session:
+        if self._comm.size == 1:
+            check_launcher(self._comm)
+            self._role = Alone(self._model, self._optimizer, self._settings)
+        else:
+            role = Serving if self._comm.rank == self._comm.size - 1 else Computing
+            self._role = role(self._comm, self._model, self._optimizer, self._settings)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._active.leave(error)
+        self.average = self._active.average()
+
+    @property
+    def _active(self) -> Alone | Computing | Serving:
+        if self._role is None:
+            raise RuntimeError("the session has not begun: write `with Session(...) as session:`")
+        return self._role
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def batches(self, loader: Iterable[Any], *, steps: int | None = None) -> Iterator[Any]:
+        """Yield this worker's batches until the parameters have had `steps` updates.
+
+        The loader is shared out among the workers and gone through again and again; on the root
+        nothing is yielded. Each batch is to be followed by one `step`. Leaving the loop early means
+        that this worker leaves.
+
+        Args:
+            loader: A DataLoader, a list of batches, or any iterable of batches. A sampler of your
+                own, and an iterable other than a list, are taken as they are.
+            steps: How many versions to make; without it, until `stop`.
+
+        Raises:
+            RuntimeError: A batch was not followed by `step`, or this is a second loop.
+            PeerFailed: Another rank failed.
+        """
+        if self._has_batches:
+            raise RuntimeError("batches can be gone through once a session: make another session")
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps must not be negative, but it is {steps}")
+        self._has_batches = True
+        return self._active.batches(loader, steps)
+
+    def step(self, loss: Tensor | float | None = None, *, samples: int | None = None) -> Verdict:
+        """Send the gradient that `backward` left, wait for its verdict, and take the newest parameters.
+
+        Args:
+            loss: The batch's loss, for records and reports.
+            samples: How many samples it is the mean of; counted from the batch otherwise.
+
+        Returns:
+            Whether the gradient was accepted, and if not, why.
+        """
+        value = float(loss.detach() if isinstance(loss, Tensor) else math.nan if loss is None else loss)
+        return self._active.step(value, samples)
+
+    def stale(self) -> bool:
+        """Whether this computation's step has closed, so that going on with it is vain."""
+        return self._active.stale()
+
+    def stop(self) -> None:
+        """End the training on every rank, before another step closes."""
+        self._active.stop()
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> int | None:
+        """This worker's number; None on the root."""
+        return self._active.worker
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are."""
+        return self._active.workers
+
+    @property
+    def version(self) -> int:
+        """How many updates the parameters have had."""
+        return self._active.version
+
+    def snapshot(self, *, average: bool = False) -> nn.Module:
+        """Return a private copy of the model with the newest parameters.
+
+        Args:
+            average: Use the moving average of the parameters instead (needs ``ema=``).
+        """
+        plain = getattr(self._model, "_orig_mod", self._model)
+        if average and self._settings.ema is None:
+            raise ValueError("there is no average: pass ema= to Session")
+        twin: nn.Module = copy.deepcopy(plain)
+        self._active.fill(FlatModel(twin), average=average)
+        return twin
+
+    def evaluate(
+        self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False
+    ) -> _T | None:
+        """Call ``fn(snapshot)`` on one worker, once in `every` versions, while the others train.
+
+        Call it in the loop behind `step`, on every worker. The one that evaluates is merely late.
+
+        Returns:
+            What `fn` returned; None on other workers and when it is not yet time.
+        """
+        if every < 1:
+            raise ValueError(f"every must be at least 1, not {every}")
+        if self.worker != 0 or self.version // every <= self._evaluated:
+            return None
+        self._evaluated = self.version // every
+        return fn(self.snapshot(average=average))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the version and the model's state; on the root the optimizer's and scheduler's too."""
+        state = {"version": self.version, "model": self.snapshot().state_dict()}
+        if self.worker is None or self.workers == 1 and isinstance(self._role, Alone):
+            state["optimizer"] = self._optimizer.state_dict()
+            if self._settings.scheduler is not None:
+                state["scheduler"] = self._settings.scheduler.state_dict()
+        return state
+
