@@ -1,0 +1,107 @@
+"""Atomic loads, stores and additions on words that threads or processes share.
+
+For arrays of int64 or uint32, from Python and from compiled code alike. A plain store may become
+visible before the stores that precede it (on ARM; on x86 after streaming stores), so whoever
+publishes data does so in pairs, and names the pair in a comment at both ends:
+
+    writer: writes the data,  store_release(words, i, n)     # pairs with <reader's name>
+    reader: load_acquire(words, i) >= n,  reads the data     # pairs with <writer's name>
+
+What the writer wrote before the release, the reader sees after an acquire that saw it. An index is
+not checked against the array's length.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from mpisync.kernels.cache import compiled
+
+Words = NDArray[np.int64] | NDArray[np.uint32]
+
+
+def _word(context: Any, builder: ir.IRBuilder, array: types.Array, args: Any) -> ir.Value:
+    """Return a pointer to words[i], from the lowered (words, i, ...)."""
+    words = context.make_array(array)(context, builder, args[0])
+    return builder.gep(words.data, [args[1]])
+
+
+def _check(words: types.Type) -> None:
+    if not isinstance(words, types.Array) or words.dtype not in (types.int64, types.uint32):
+        raise TypeError(f"words must be an int64 or uint32 array, not {words}")
+    if words.ndim != 1 or not words.aligned:
+        raise TypeError(f"words must be aligned and of one dimension, not {words}")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _load(typing_context: Any, words: types.Type, i: types.Type) -> Any:
+    _check(words)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = _word(context, builder, words, args)
+        return builder.load_atomic(pointer, "acquire", words.dtype.bitwidth // 8)
+
+    return words.dtype(words, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _store(typing_context: Any, words: types.Type, i: types.Type, value: types.Type) -> Any:
+    _check(words)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = _word(context, builder, words, args)
+        builder.store_atomic(args[2], pointer, "release", words.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(words, types.intp, words.dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _add(typing_context: Any, words: types.Type, i: types.Type, value: types.Type) -> Any:
+    _check(words)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", _word(context, builder, words, args), args[2], "acq_rel")
+
+    return words.dtype(words, types.intp, words.dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _fence(typing_context: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@compiled
+def load_acquire(words: Words, i: int) -> int:
+    """Return words[i]; what its writer wrote before a release of that value is visible after."""
+    return _load(words, i)
+
+
+@compiled
+def store_release(words: Words, i: int, value: int) -> None:
+    """Set words[i]; whoever reads that value by `load_acquire` sees all that was written before."""
+    _store(words, i, value)
+
+
+@compiled
+def fetch_add(words: Words, i: int, value: int) -> int:
+    """Add to words[i] and return what it was; no addition is lost. A release and an acquire."""
+    return _add(words, i, value)
+
+
+@compiled
+def fence() -> None:
+    """Order everything before this, streaming stores too, before everything after it.
+
+    Only a full fence orders a store before a later load of another word, as two sides need that
+    each say "I am about to sleep" and then look whether the other has already rung.
+    """
+    _fence()
