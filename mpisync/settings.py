@@ -86,6 +86,13 @@ def read(
         raise ValueError(f"{name}={text!r}: {error}") from None
 
 
+def seconds_of(name: str) -> float:
+    """Return the value of a setting that is a number of seconds."""
+    value = read(name)
+    assert isinstance(value, float)
+    return value
+
+
 def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the variables that carry the prefix but are no settings, as misspelt ones do."""
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in SETTINGS)

@@ -1,0 +1,1 @@
+"""The step protocol: root, workers, and who is in which state."""

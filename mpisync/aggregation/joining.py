@@ -1,4 +1,4 @@
-"""How a rank takes its place in a run: it meets the others, maps what it shares with them, and becomes root or worker."""
+"""How a rank takes its place in a run: it meets the others, maps what they share, and becomes root or worker."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mpisync.transport.rendezvous import (
     share,
     worker_link,
 )
+from mpisync.transport.shared import SharedRootLink
 
 _MOST_THREADS = 8  # memory bandwidth is spent by then
 _BUFFERS = 3  # of parameters, where a worker may still read an old version
@@ -90,7 +91,7 @@ class Place:
 
     def _home(self) -> np.ndarray:
         """Where the root keeps the parameters: in the shared memory if they may be read in place."""
-        shared = [link for link in self._links if not link.in_pieces]
+        shared = [link for link in self._links if isinstance(link, SharedRootLink)]
         if shared and self._buffers == 1:
             return shared[0].board.parameters[0]
         return aligned_bytes(self.published.size_bytes if self.is_root else 0)
@@ -106,7 +107,7 @@ class Place:
             self.reducer,
             weighted=weighted,
             norms=norms,
-            stall_report_s=float(settings.read("MPISYNC_STALL_REPORT_S")),
+            stall_report_s=settings.seconds_of("MPISYNC_STALL_REPORT_S"),
         )
 
     def worker(self) -> Worker:
@@ -119,5 +120,5 @@ class Place:
             link,
             self.meeting.comm.rank,
             self.meeting.incarnation,
-            stall_report_s=float(settings.read("MPISYNC_STALL_REPORT_S")),
+            stall_report_s=settings.seconds_of("MPISYNC_STALL_REPORT_S"),
         )

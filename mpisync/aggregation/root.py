@@ -9,7 +9,6 @@ and from *closed* to *published* nothing is judged: what arrives then meets the 
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import Counter, deque
@@ -21,7 +20,7 @@ import numpy as np
 from mpisync.aggregation.ledger import Ledger
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.stalls import StallReport
-from mpisync.aggregation.sums import RunningSum, Sums
+from mpisync.aggregation.sums import RunningSum
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, Decision, OpenStep, Policy, StepRecord
 from mpisync.transport.base import End, RootLink
@@ -135,6 +134,9 @@ class Root:
         self._has_ended = False
         self._look_after_s = 0.0
         self._stalls = StallReport(stall_report_s, self.me)
+        self._taken: list[Taken] = []  # the accepted gradients of the open step
+        self._folded = 0  # how many of them are in the sum
+        self._extras: list[np.ndarray] = []
         for link in self.links:
             link.publish(0, parameters)
             link.flush()
@@ -512,9 +514,7 @@ class Root:
         self._step = OpenStep(self.version, self.clock(), len(self.members), set(), held=held)
         self._count_living()
         self.ledger.arrivals = []
-        self._taken: list[Taken] = []
-        self._folded = 0  # how many of the taken are in the sum
-        self._extras: list[np.ndarray] = []
+        self._taken, self._folded, self._extras = [], 0, []
         self._is_closing = False
         self._accepted_s = self._step.opened_s
         known = [m for m in self.members if m.state in (State.ANNOUNCED, State.WANTED)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
 from mpisync.transport.layout import Block, Layout, aligned_bytes
@@ -23,8 +21,8 @@ class Sums:
 class RunningSum:
     """A strict left fold, in order of acceptance, element by element.
 
-    Gradients are taken note of first and folded several at a time, since each pass over the sum costs a read and a write
-    of the model; how many are folded in a pass changes no bit of the result.
+    Gradients are taken note of first and folded several at a time, since each pass over the sum costs a read
+    and a write of the model; how many are folded in a pass changes no bit of the result.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from mpisync import ending, settings
 from mpisync.aggregation.farewell import farewell
@@ -53,7 +54,7 @@ def leave_root(root: Root, error: BaseException | None) -> None:
     if failure and not isinstance(error, PeerFailed):
         failure = f"the root, {root.me}, failed: {failure}"
     failed = bool(failure)
-    grace_s = _FAILED_GRACE_S if failed else float(settings.read("MPISYNC_GRACE_S"))
+    grace_s = _FAILED_GRACE_S if failed else settings.seconds_of("MPISYNC_GRACE_S")
     left = farewell(
         root, grace_s=grace_s, stopped_grace_s=min(grace_s, _STOPPED_GRACE_S), failure=failure
     )
@@ -65,7 +66,7 @@ def leave_root(root: Root, error: BaseException | None) -> None:
             flush=True,
         )
         if root.me.sees(peer):
-            ending.kill_at_exit(peer.pid, str(peer), lambda peer=peer: peer.signal(signal.SIGKILL))
+            ending.kill_at_exit(peer.pid, str(peer), partial(peer.signal, signal.SIGKILL))
     root.close()
 
 

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from mpisync.aggregation.joining import Place
 from mpisync.session.ends import problem_of
-from mpisync.session.flat import FlatModel, Views
+from mpisync.session.flat import FlatModel
+from mpisync.session.places import Views
 from mpisync.session.refusals import check_model_and_optimizer
 from mpisync.session.signature import difference
 from mpisync.transport.layout import Layout, aligned, aligned_bytes

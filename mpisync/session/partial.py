@@ -111,7 +111,7 @@ class PartialReduce:
         self._root: Root | None = None
         self._worker: Worker | None = None
         if self.is_root:
-            self._flat = layout.arrays(self._place.parameters)[0]
+            self._flat: np.ndarray = layout.arrays(self._place.parameters)[0]
             if parameters is not None:
                 np.copyto(self._flat, self._dtype.stored(parameters).reshape(-1))
             self._root = self._place.root()
@@ -119,8 +119,8 @@ class PartialReduce:
             self._worker = self._place.worker()
             link = self._worker.link
             self._flat = layout.arrays(link.parameters)[0]
-            self.gradient = layout.arrays(link.gradient)[0].reshape(self._shape)
-        self.parameters = self._flat.reshape(self._shape)
+            self.gradient: np.ndarray = layout.arrays(link.gradient)[0].reshape(self._shape)
+        self.parameters: np.ndarray = self._flat.reshape(self._shape)
         self._freed = False
 
     # -- the root ----------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class PartialReduce:
         if self._freed:
             return
         self._freed = True
-        self.parameters = self._flat = self.gradient = np.empty(0)
+        self.parameters = self._flat = self.gradient = np.empty(0, self._dtype.storage)  # let go of shared memory
         if self._root is not None:
             leave_root(self._root, error)
         elif self._worker is not None:

@@ -99,20 +99,14 @@ class Serving:
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
-        progress = self._progress(steps)
         for closed in self._root.serve(steps):
             self._take(closed)
             record = closed.publish()
             if self._writer is not None:
                 self._writer.step(record)
-            if progress is not None:
-                progress.step(record)
             if self._settings.on_step is not None:
                 self._settings.on_step(record)
         yield from ()
-
-    def _progress(self, steps: int | None) -> None:
-        return None
 
     def _take(self, closed: ClosedStep) -> None:
         """Update everything that the next version publishes; nothing if the mean is refused."""

@@ -1,0 +1,1 @@
+"""How gradient messages and parameter versions travel."""

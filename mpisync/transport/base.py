@@ -81,7 +81,7 @@ class RootLink(abc.ABC):
                 "are two runs mixed on one communicator?"
             )
 
-    def _received(self, worker: int, message: bytearray) -> None:
+    def _received(self, worker: int, message: bytearray) -> None:  # noqa: B027 (nothing, by default)
         """Take what else a header message carries."""
 
     @property

@@ -155,7 +155,7 @@ class MessageRootLink(RootLink):
             request = self.comm.Irecv([buffer, MPI.BYTE], incoming.worker, Tag.GRADIENT_BLOCK)
             incoming.receives.append((request, incoming.blocks[index]))
         self._say(
-            incoming.worker, Reply(self.incarnation, Say.WANT, first=incoming.asked, count=count)
+            incoming.worker, Reply(self.incarnation, Say.WANT, first=incoming.asked, blocks=count)
         )
         incoming.asked += count
 
@@ -356,7 +356,7 @@ class MessageWorkerLink(WorkerLink):
         if reply.say == Say.VERDICT:
             self._replies[reply.ordinal] = reply
         elif reply.say == Say.WANT:
-            for block in self._blocks[reply.first : reply.first + reply.count]:
+            for block in self._blocks[reply.first : reply.first + reply.blocks]:
                 request = self._comm.Isend(
                     [block.view(np.uint8), MPI.BYTE], dest=self._root, tag=Tag.GRADIENT_BLOCK
                 )

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
@@ -118,7 +119,7 @@ def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
     if _private_key is None:
         _private_key = MPI.Comm.Create_keyval(delete_fn=_free_private)
     known = comm.Get_attr(_private_key)
-    if known is not None:
+    if isinstance(known, MPI.Intracomm):
         return known
     private, request = comm.Idup()
     poll(request, comm, "to reach the session")
@@ -137,8 +138,8 @@ def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
         RuntimeError: A rank has ended, or did not come within MPISYNC_START_TIMEOUT_S.
     """
     began_s, idle_s = time.monotonic(), 20e-6
-    limit_s = float(settings.read("MPISYNC_START_TIMEOUT_S"))
-    look_s, report_s = 1.0, float(settings.read("MPISYNC_STALL_REPORT_S"))
+    limit_s = settings.seconds_of("MPISYNC_START_TIMEOUT_S")
+    look_s, report_s = 1.0, settings.seconds_of("MPISYNC_STALL_REPORT_S")
     with siblings.marked(siblings.WAITS):
         while not request.Test():
             time.sleep(idle_s)
@@ -246,8 +247,11 @@ def _share_once(
     offered = mine.slots.get(comm.rank)
     slots = exchange(comm, offered.address if offered else "", "where its memory is")
     if meeting.is_root:
-        attached = {w: attempt(lambda w=w: SharedMemory.attach(slots[w])) for w in meeting.workers if slots[w]}
-        mine.slots = {w: memory for w, memory in attached.items() if memory is not None}
+        for worker in meeting.workers:
+            address = slots[worker]
+            memory = attempt(partial(SharedMemory.attach, address)) if address else None
+            if memory is not None:
+                mine.slots[worker] = memory
     said = exchange(comm, json.dumps([sorted(mine.slots), mine.why_not]), "what it mapped")
     mapped = json.loads(said[root])[0]
     mine.why_not = next((why for text in said if (why := json.loads(text)[1])), "")

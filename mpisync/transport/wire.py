@@ -36,7 +36,7 @@ class Say(enum.IntEnum):
     """What the root says in a reply."""
 
     VERDICT = 1
-    WANT = 2  # send blocks first .. first+count-1 of the announced gradient
+    WANT = 2  # send blocks first .. first+blocks-1 of the announced gradient
     BLOCK = 3  # a parameter block follows
     PUBLISHED = 4  # every block of version `newest` has been sent
     BEHIND = 5  # there is a newer version than the one this worker computes on
@@ -91,7 +91,7 @@ class Header(NamedTuple):
     def unpack(cls, buffer: bytearray | memoryview) -> Header:
         """Read the struct at the start of `buffer`."""
         incarnation, kind, flags, _, *rest, text = _HEADER.unpack_from(buffer, 0)
-        return cls(incarnation, kind, flags, *rest, text=_text(text))
+        return cls._make((incarnation, kind, flags, *rest, _text(text)))
 
 
 class Reply(NamedTuple):
@@ -108,7 +108,7 @@ class Reply(NamedTuple):
     resume: int = -1  # version at which the next computation must begin
     waited_s: float = 0.0  # from arrival to verdict
     first: int = 0
-    count: int = 0
+    blocks: int = 0
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
@@ -116,14 +116,14 @@ class Reply(NamedTuple):
         _REPLY.pack_into(
             buffer, offset, self.incarnation, self.say, self.status, 0, self.worker, self.ordinal,
             self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
-            self.count, clip_text(self.text, 416),
+            self.blocks, clip_text(self.text, 416),
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview, offset: int = 0) -> Reply:
         """Read the struct at `offset` of `buffer`."""
         incarnation, say, status, _, *rest, text = _REPLY.unpack_from(buffer, offset)
-        return cls(incarnation, say, status, *rest, text=_text(text))
+        return cls._make((incarnation, say, status, *rest, _text(text)))
 
 
 def clip_text(text: str, limit: int) -> bytes:
