@@ -16,29 +16,28 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from mpisync.kernels.cache import compiled
+from mpisync.kernels.jit import compiled, intrinsic
 
 Words = NDArray[np.int64] | NDArray[np.uint32]
 
 
-def _word(context: Any, builder: ir.IRBuilder, array: types.Array, args: Any) -> ir.Value:
+def _word(context: Any, builder: ir.IRBuilder, array: Any, args: Any) -> ir.Value:
     """Return a pointer to words[i], from the lowered (words, i, ...)."""
     words = context.make_array(array)(context, builder, args[0])
     return builder.gep(words.data, [args[1]])
 
 
-def _check(words: types.Type) -> None:
+def _check(words: Any) -> None:
     if not isinstance(words, types.Array) or words.dtype not in (types.int64, types.uint32):
         raise TypeError(f"words must be an int64 or uint32 array, not {words}")
     if words.ndim != 1 or not words.aligned:
         raise TypeError(f"words must be aligned and of one dimension, not {words}")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _load(typing_context: Any, words: types.Type, i: types.Type) -> Any:
+@intrinsic
+def _load(typing_context: Any, words: Any, i: Any) -> Any:
     _check(words)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -48,8 +47,8 @@ def _load(typing_context: Any, words: types.Type, i: types.Type) -> Any:
     return words.dtype(words, types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _store(typing_context: Any, words: types.Type, i: types.Type, value: types.Type) -> Any:
+@intrinsic
+def _store(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
     _check(words)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -60,8 +59,8 @@ def _store(typing_context: Any, words: types.Type, i: types.Type, value: types.T
     return types.void(words, types.intp, words.dtype), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _add(typing_context: Any, words: types.Type, i: types.Type, value: types.Type) -> Any:
+@intrinsic
+def _add(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
     _check(words)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -70,7 +69,7 @@ def _add(typing_context: Any, words: types.Type, i: types.Type, value: types.Typ
     return words.dtype(words, types.intp, words.dtype), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _fence(typing_context: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         builder.fence("seq_cst")
@@ -82,7 +81,8 @@ def _fence(typing_context: Any) -> Any:
 @compiled
 def load_acquire(words: Words, i: int) -> int:
     """Return words[i]; what its writer wrote before a release of that value is visible after."""
-    return _load(words, i)
+    value: int = _load(words, i)
+    return value
 
 
 @compiled
@@ -94,7 +94,8 @@ def store_release(words: Words, i: int, value: int) -> None:
 @compiled
 def fetch_add(words: Words, i: int, value: int) -> int:
     """Add to words[i] and return what it was; no addition is lost. A release and an acquire."""
-    return _add(words, i, value)
+    old: int = _add(words, i, value)
+    return old
 
 
 @compiled

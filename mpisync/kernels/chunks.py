@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from mpisync.kernels import vectors as v
 from mpisync.kernels.atomics import fence, fetch_add
-from mpisync.kernels.cache import compiled
 from mpisync.kernels.dtypes import DTYPES
+from mpisync.kernels.jit import compiled, inlined
 from mpisync.kernels.links import (
     Addresses,
     Weights,
     fold_block,
-    inlined,
     sum_squares,
     whole_vectors,
 )
@@ -51,7 +50,7 @@ def add_partials(partials: Partials, row: int) -> float:
     return total
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def _finish(state: State, peak: int, infinity: int, streaming: bool) -> None:
     if streaming:
         fence()  # streams are not ordered by the release below
@@ -60,7 +59,7 @@ def _finish(state: State, peak: int, infinity: int, streaming: bool) -> None:
     fetch_add(state, DONE, 1)  # a release; pairs with the acquire in threads.Pool.run
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def _fold(
     load: Intrinsic,
     load_one: Intrinsic,
@@ -97,12 +96,8 @@ def _fold(
             peak = max(peak, high)
             if rows > 0:
                 for j in range(count):
-                    partials[j, begin // BLOCK] = sum_squares(
-                        load, load_one, lanes, g[j], begin, end
-                    )
-                partials[count, begin // BLOCK] = sum_squares(
-                    keep, keep_one, lanes, target, begin, end
-                )
+                    partials[j, begin // BLOCK] = sum_squares(load, load_one, lanes, g[j], begin, end)
+                partials[count, begin // BLOCK] = sum_squares(keep, keep_one, lanes, target, begin, end)
         _finish(state, peak, infinity, streaming)
 
 
@@ -190,10 +185,8 @@ def fold_bfloat16(
     )  # fmt: skip
 
 
-@inlined  # type: ignore[untyped-decorator]
-def _copy_strip(
-    load: Intrinsic, put: Intrinsic, lanes: int, source: int, target: int, begin: int, end: int
-) -> int:
+@inlined
+def _copy_strip(load: Intrinsic, put: Intrinsic, lanes: int, source: int, target: int, begin: int, end: int) -> int:
     if begin >= end:
         return 0
     peak = no_magnitude(load(source, begin))
@@ -201,10 +194,11 @@ def _copy_strip(
         x = load(source, i)
         peak = larger_magnitude(peak, x)
         put(target, i, x)
-    return highest(peak)
+    result: int = highest(peak)
+    return result
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def _copy(
     load: Intrinsic,
     load_one: Intrinsic,
@@ -241,9 +235,7 @@ def _copy(
 
 
 @compiled
-def copy_64(
-    state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int
-) -> None:
+def copy_64(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
     """Copy elements of 64 bits, and look for those of at least `infinity`'s magnitude."""
     _copy(
         v.load_float64,
@@ -260,9 +252,7 @@ def copy_64(
 
 
 @compiled
-def copy_32(
-    state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int
-) -> None:
+def copy_32(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
     """Copy elements of 32 bits, and look for those of at least `infinity`'s magnitude."""
     _copy(
         v.load_float32,
@@ -279,9 +269,7 @@ def copy_32(
 
 
 @compiled
-def copy_16(
-    state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int
-) -> None:
+def copy_16(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
     """Copy elements of 16 bits, and look for those of at least `infinity`'s magnitude."""
     _copy(
         v.load_bits16,
@@ -298,10 +286,6 @@ def copy_16(
 
 
 @compiled
-def copy_8(
-    state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int
-) -> None:
+def copy_8(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
     """Copy bytes, and look for those of at least `infinity`'s magnitude."""
-    _copy(
-        v.load_bytes, v.load_one_byte, 64, state, size, chunk, source, target, streaming, infinity
-    )
+    _copy(v.load_bytes, v.load_one_byte, 64, state, size, chunk, source, target, streaming, infinity)

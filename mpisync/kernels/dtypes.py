@@ -56,7 +56,5 @@ def dtype_of(thing: object) -> Dtype:
     dtype = np.dtype(thing) if isinstance(thing, type) else getattr(thing, "dtype", thing)
     name = str(dtype).removeprefix("torch.")  # a dtype of foreign byte order is called ">f4"
     if name not in DTYPES:
-        raise TypeError(
-            f"dtype must be one of {', '.join(DTYPES)}, not {name}; convert the gradient"
-        )
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, not {name}; convert the gradient")
     return DTYPES[name]

@@ -117,16 +117,12 @@ class Reducer:
         *each, result = (chunks.add_partials(partials, row) for row in range(len(partials)))
         return FoldResult(finite, result, tuple(each))
 
-    def _finish(
-        self, accumulator: Array, start: bool, divisor: float | None, norms: bool
-    ) -> FoldResult:
+    def _finish(self, accumulator: Array, start: bool, divisor: float | None, norms: bool) -> FoldResult:
         """Divide what is already there: a fold of the accumulator alone, which leaves its bits."""
         if start:
             raise ValueError("gradients must not be empty where the sum starts")
         dtype = DTYPES[accumulator.dtype.name]
-        result = self.fold(
-            accumulator, [accumulator], dtype, start=True, divisor=divisor, norms=norms
-        )
+        result = self.fold(accumulator, [accumulator], dtype, start=True, divisor=divisor, norms=norms)
         return FoldResult(result.finite, result.sum_squares)
 
     def pack(self, source: Array, target: Array, dtype: Dtype) -> bool:
@@ -166,9 +162,7 @@ class Reducer:
             dtype.infinity,
         )
 
-    def _run(
-        self, kernel: Callable[..., None], size: int, chunk: int, traffic_bytes: int, *rest: Any
-    ) -> bool:
+    def _run(self, kernel: Callable[..., None], size: int, chunk: int, traffic_bytes: int, *rest: Any) -> bool:
         """Run a kernel of `chunks` and return whether it met only finite elements."""
         state = np.zeros(3, np.int64)
         if traffic_bytes < THREADED_BYTES:
@@ -215,7 +209,7 @@ _NO_PARTIALS = np.empty((0, 0))
 
 def _blank(dtype: type) -> tuple[Array, int]:
     """Return a vector of -0.0 and its address, for a sum to start from."""
-    zeros = np.full(VECTOR_BYTES // np.dtype(dtype).itemsize, -0.0, dtype)
+    zeros: Array = np.full(VECTOR_BYTES // np.dtype(dtype).itemsize, -0.0, dtype)
     return zeros, zeros.ctypes.data
 
 

@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.core import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from mpisync.kernels import vectors
+from mpisync.kernels.jit import inlined, intrinsic
 from mpisync.kernels.vectors import (
     Intrinsic,
     add,
@@ -49,10 +48,8 @@ ARITY = 4  # of the longest link
 Addresses = NDArray[np.int64]
 Weights = NDArray[np.float64]
 
-inlined = njit(nogil=True, error_model="numpy", boundscheck=False, forceinline=True)
 
-
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _scratch(typing_context: Any) -> Any:
     """Return the address of a strip of the widest accumulator, on the stack."""
 
@@ -65,7 +62,7 @@ def _scratch(typing_context: Any) -> Any:
     return types.int64(), generate
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def link(
     load: Intrinsic,
     keep: Intrinsic,
@@ -92,10 +89,11 @@ def link(
             x = divide(x, divisor)
         peak = larger_magnitude(peak, x)
         put(target, i, x)
-    return highest(peak)
+    result: int = highest(peak)
+    return result
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def _last_link(
     load: Intrinsic,
     keep: Intrinsic,
@@ -125,7 +123,7 @@ def _last_link(
     return link(load, keep, put, lanes, target, base, step, (g[j],), (w[j],), divisor, begin, end)
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def _chain(
     load: Intrinsic,
     keep: Intrinsic,
@@ -151,17 +149,13 @@ def _chain(
         base, step = between, 1
         j += 4
     if streaming:
-        high = _last_link(
-            load, keep, stream, lanes, target, base, step, g, w, j, divisor, begin, end
-        )
+        high = _last_link(load, keep, stream, lanes, target, base, step, g, w, j, divisor, begin, end)
     else:
-        high = _last_link(
-            load, keep, store, lanes, target, base, step, g, w, j, divisor, begin, end
-        )
+        high = _last_link(load, keep, store, lanes, target, base, step, g, w, j, divisor, begin, end)
     return max(peak, high)
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def _edge(
     load_one: Intrinsic,
     keep_one: Intrinsic,
@@ -186,10 +180,8 @@ def _edge(
     return peak
 
 
-@inlined  # type: ignore[untyped-decorator]
-def whole_vectors(
-    lanes: int, target: int, streaming: bool, begin: int, end: int
-) -> tuple[int, int]:
+@inlined
+def whole_vectors(lanes: int, target: int, streaming: bool, begin: int, end: int) -> tuple[int, int]:
     """Return where the whole vectors between `begin` and `end` begin and end.
 
     A stream wants an aligned address, so that there may be single elements before them.
@@ -202,7 +194,7 @@ def whole_vectors(
     return low, low + (end - low) // lanes * lanes
 
 
-@inlined  # type: ignore[untyped-decorator]
+@inlined
 def fold_block(
     load: Intrinsic,
     load_one: Intrinsic,
@@ -227,17 +219,13 @@ def fold_block(
         peak = max(peak, edge)
     for i in range(low, high, STRIP):
         strip_end = min(i + STRIP, high)
-        strip = _chain(
-            load, keep, lanes, target, base, step, streaming, g, w, divisor, i, strip_end
-        )
+        strip = _chain(load, keep, lanes, target, base, step, streaming, g, w, divisor, i, strip_end)
         peak = max(peak, strip)
     return peak
 
 
-@inlined  # type: ignore[untyped-decorator]
-def sum_squares(
-    load: Intrinsic, load_one: Intrinsic, lanes: int, address: int, begin: int, end: int
-) -> float:
+@inlined
+def sum_squares(load: Intrinsic, load_one: Intrinsic, lanes: int, address: int, begin: int, end: int) -> float:
     """Return the sum of squares of elements `begin` to `end` in float64.
 
     One partial sum a lane, the lanes from first to last, then what is left one by one: an order

@@ -38,9 +38,7 @@ class Pool:
         self._helpers: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _stop, self._jobs, self._helpers)
 
-    def run(
-        self, kernel: Callable[..., None], state: State, arguments: tuple[Any, ...], chunks: int
-    ) -> None:
+    def run(self, kernel: Callable[..., None], state: State, arguments: tuple[Any, ...], chunks: int) -> None:
         """Call kernel(state, *arguments) until all chunks are done."""
         helpers = min(self.threads, chunks) - 1
         if helpers > 0:

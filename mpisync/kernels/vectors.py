@@ -9,30 +9,32 @@ fast-math flag: a product is rounded before it is added.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
+
+from mpisync.kernels.jit import intrinsic
 
 VECTOR_BYTES = 64  # of accumulated elements in a vector: a cache line, so that a store fills one
 
-Builder = ir.IRBuilder
+Builder: TypeAlias = ir.IRBuilder
 Intrinsic = Callable[..., Any]  # one of the operations below, as an argument of a kernel
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """A vector of `lanes` floats or integers, held in registers."""
 
-    def __init__(self, element: types.Type, lanes: int) -> None:
+    def __init__(self, element: Any, lanes: int) -> None:
         self.element = element
         self.lanes = lanes
         super().__init__(f"Vector({element}, {lanes})")
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
         element = manager.lookup(vector.element).get_value_type()
         super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
@@ -65,7 +67,8 @@ def _bytes(element: ir.Type) -> int:
 
 
 def _read(builder: Builder, args: Sequence[ir.Value], value: ir.VectorType) -> ir.Value:
-    loaded = builder.load(_pointer(builder, *args, value))
+    address, index = args
+    loaded = builder.load(_pointer(builder, address, index, value))
     loaded.align = _bytes(value.element)
     return loaded
 
@@ -111,15 +114,15 @@ def _from_float16(builder: Builder, stored: ir.Value, wide: ir.VectorType) -> ir
 
 
 def _loader(
-    element: types.Type,
+    element: Any,
     lanes: int,
     storage: ir.Type,
     widen: Callable[[Builder, ir.Value, ir.VectorType], ir.Value],
 ) -> Any:
     """Make load(address, index): `lanes` stored elements from `index` on, widened to `element`."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load(typing_context: Any, address: types.Type, index: types.Type) -> Any:
+    @intrinsic
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
             wide = context.get_value_type(signature.return_type)
             stored = _read(builder, args, ir.VectorType(storage, lanes))
@@ -152,8 +155,8 @@ load_one_byte = _loader(types.int8, 1, I8, _as_is)
 def _storer(past_caches: bool) -> Any:
     """Make a function (address, index, vector) that stores a vector at element `index`."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def put(typing_context: Any, address: types.Type, index: types.Type, vector: Vector) -> Any:
+    @intrinsic
+    def put(typing_context: Any, address: Any, index: Any, vector: Vector) -> Any:
         def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
             address, index, value = args
             stored = builder.store(value, _pointer(builder, address, index, value.type))
@@ -176,8 +179,8 @@ store = _storer(past_caches=False)
 stream = _storer(past_caches=True)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def drop(typing_context: Any, address: types.Type, index: types.Type, vector: Vector) -> Any:
+@intrinsic
+def drop(typing_context: Any, address: Any, index: Any, vector: Vector) -> Any:
     """Store nothing: for a kernel that only looks."""
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
@@ -189,9 +192,9 @@ def drop(typing_context: Any, address: types.Type, index: types.Type, vector: Ve
 # -- arithmetic ------------------------------------------------------------------------------------
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_scaled(typing_context: Any, total: Vector, weight: types.Type, vector: Vector) -> Any:
-    """Total + weight * vector, the product rounded before it is added."""
+@intrinsic
+def add_scaled(typing_context: Any, total: Vector, weight: Any, vector: Vector) -> Any:
+    """Return total + weight * vector, the product rounded before it is added."""
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
         total, weight, vector = args
@@ -200,9 +203,9 @@ def add_scaled(typing_context: Any, total: Vector, weight: types.Type, vector: V
     return total(total, total.element, total), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def divide(typing_context: Any, vector: Vector, divisor: types.Type) -> Any:
-    """Vector / divisor, a true division."""
+@intrinsic
+def divide(typing_context: Any, vector: Vector, divisor: Any) -> Any:
+    """Return vector / divisor, a true division."""
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
         vector, divisor = args
@@ -211,12 +214,12 @@ def divide(typing_context: Any, vector: Vector, divisor: types.Type) -> Any:
     return vector(vector, vector.element), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def larger_magnitude(typing_context: Any, peak: Vector, vector: Vector) -> Any:
     """Lane by lane the larger of `peak` and the bits of |vector|, as integers.
 
-    They are ordered as the magnitudes are, with inf above every number and NaN above inf; and unlike
-    a float's maximum an integer's drops no NaN.
+    They are ordered as the magnitudes are, with inf above every number and NaN above inf; and
+    unlike a float's maximum an integer's drops no NaN.
     """
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
@@ -229,7 +232,7 @@ def larger_magnitude(typing_context: Any, peak: Vector, vector: Vector) -> Any:
     return peak(_integers(vector), vector), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def highest(typing_context: Any, peak: Vector) -> Any:
     """Return the largest lane."""
 
@@ -243,7 +246,7 @@ def highest(typing_context: Any, peak: Vector) -> Any:
     return types.int64(peak), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def no_magnitude(typing_context: Any, like: Vector) -> Any:
     """Zeros for `larger_magnitude` to begin with, for vectors like `like`."""
 
@@ -253,7 +256,7 @@ def no_magnitude(typing_context: Any, like: Vector) -> Any:
     return _integers(like)(like), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def squares(typing_context: Any, vector: Vector) -> Any:
     """Return vector * vector in float64, in which a float32's square is exact."""
     wide = Vector(types.float64, vector.lanes)
@@ -267,9 +270,9 @@ def squares(typing_context: Any, vector: Vector) -> Any:
     return wide(vector), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add(typing_context: Any, first: Vector, second: Vector) -> Any:
-    """First + second."""
+    """Return first + second."""
 
     def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
         return builder.fadd(*args)
@@ -277,7 +280,7 @@ def add(typing_context: Any, first: Vector, second: Vector) -> Any:
     return first(first, first), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add_lanes(typing_context: Any, vector: Vector) -> Any:
     """Return the sum of the lanes, from the first to the last."""
 

@@ -1,9 +1,9 @@
-"""`compiled`: numba's njit, with a cache that works wherever the package is installed.
+"""numba's decorators, with a cache that works wherever the package is installed.
 
 numba's own cache sits beside the source or in the home directory, and refuses to compile where it
-can write to neither. It trusts a cached kernel as long as that kernel's own file is unchanged, though
-its code may come from others. And two processes that compile two signatures of one function at the
-same time may store one under the other's name. Hence a cache of our own.
+can write to neither. It trusts a cached kernel while that kernel's own file is unchanged, though
+its code may come from others. And of two processes that compile two signatures of one function at
+the same time, one may find the other's code under its own name. Hence a cache of our own.
 """
 
 import functools
@@ -18,18 +18,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from numba import njit
+from numba import extending, njit
 from numba.core import caching
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Code generators. numba's types vary with its version, so here they are none.
+intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
+
 
 def compiled(function: F) -> F:
-    """Compile a function when it is first called; cached, without the GIL, and without fast-math."""
-    dispatcher = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    """Compile a function when it is first called: cached, without the GIL or fast-math."""
+    dispatcher: Any = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
     if directory() is not None:
         dispatcher._cache = _Cache(function)
     return cast(F, dispatcher)
+
+
+def inlined(function: F) -> F:
+    """Compile a function into each of its callers, which are `compiled`."""
+    decorate = njit(nogil=True, error_model="numpy", boundscheck=False, forceinline=True)
+    return cast(F, decorate(function))
 
 
 @functools.cache
@@ -73,7 +82,7 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-class _Locator(caching._CacheLocator):  # type: ignore[misc]
+class _Locator(caching._CacheLocator):
     """Tells numba where a function's cached code is, and when it is stale."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -93,20 +102,18 @@ class _Locator(caching._CacheLocator):  # type: ignore[misc]
         return str(self._line)
 
 
-class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
+class _Implementation(caching.CompileResultCacheImpl):
     _locator_classes = [_Locator]
 
 
-class _Cache(caching.FunctionCache):  # type: ignore[misc]
+class _Cache(caching.FunctionCache):
     _impl_class = _Implementation
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         # Processes that compile at the same time must not take each other's file names.
         file = self._cache_file
-        file._data_name_pattern = (
-            f"{self._impl.filename_base}.{uuid.uuid4().hex[:12]}.{{number:d}}.nbc"
-        )
+        file._data_name_pattern = f"{self._impl.filename_base}.{uuid.uuid4().hex[:12]}.{{number:d}}.nbc"
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         with suppress(OSError, EOFError, pickle.UnpicklingError):  # torn or gone: compile anew
