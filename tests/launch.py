@@ -1,4 +1,4 @@
-"""Starting MPI jobs from tests, with a time limit, the stacks of all ranks, and nothing left behind.
+"""Starting MPI jobs from tests: a time limit, the stacks of all ranks, and nothing left behind.
 
 `run_script` starts a user's script under plain mpirun; `start_script` gives the running job, for
 tests that kill or stop its ranks. Every process of a job carries the job's own directory in its
@@ -36,12 +36,12 @@ _HARNESS = {
     "OMPI_MCA_osc": "^ucx",
 }
 # What lies below every test in a stack says nothing about it.
-_HARNESS_FRAMES = re.compile(r"  File .*(/_pytest/|/pluggy/|/pytest/__main__|<frozen runpy>).*\n")
+HARNESS_FRAMES = re.compile(r"  File .*(/_pytest/|/pluggy/|/pytest/__main__|<frozen runpy>).*\n")
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedRun:
-    """How a job ended; `left` describes processes that outlived its launcher (they are gone now)."""
+    """How a job ended; `left` describes the processes that outlived its launcher."""
 
     returncode: int
     stdout: str
@@ -59,7 +59,7 @@ def launcher() -> tuple[launchers.Launcher, launchers.Library]:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment in which plain `mpirun -n 5 python script.py` works on this machine."""
+    """Return an environment in which plain `mpirun -n 5 python script.py` works everywhere."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS_OWN)}
     path = [str(ROOT / "tests/site"), str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
     return {**inherited, **_HARNESS, "PYTHONPATH": os.pathsep.join(path), **(extra or {})}
@@ -118,7 +118,7 @@ class Job:
             time.sleep(0.02)
 
     def stacks(self) -> str:
-        """Ask every rank for its stacks; say of those that cannot answer in which state they are."""
+        """Return the stacks of every rank; of one that cannot answer, why."""
         ranks = self.ranks()
         files = {rank: self.folder / f"stacks.{rank}.{pid}" for rank, pid in ranks.items()}
         asked = [rank for rank, pid in ranks.items() if _catches(pid, STACKS)]
@@ -130,8 +130,8 @@ class Job:
         time.sleep(0.1)  # what has begun to be written is soon whole
         parts = []
         for rank, pid in ranks.items():
-            why = f"state {_state(pid)}" if rank in asked else "Python has ended, MPI_Finalize hangs"
-            text = _HARNESS_FRAMES.sub("", files[rank].read_text(errors="replace"))
+            why = f"state {_state(pid)}" if rank in asked else "Python has ended, MPI has not"
+            text = HARNESS_FRAMES.sub("", files[rank].read_text(errors="replace"))
             text = text or f"  no answer: {why}\n"
             parts.append(f"--- stacks of rank {rank} (pid {pid}) ---\n{text}")
         return "".join(parts) or "--- no rank has started Python, or all are gone ---\n"

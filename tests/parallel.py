@@ -1,9 +1,9 @@
 """The pytest plugin for tests marked `@pytest.mark.parallel(nprocs)`.
 
 Plain `pytest` starts each module's tests of one process count together, in one `mpirun -n nprocs
-python -m pytest ...`, since every rank pays seconds for importing torch, and reports each by itself.
-After a failure what is left of the group gets a new mpirun. Under `mpirun -n 4 pytest` the tests run
-in that job: those of four processes, and, on its first ranks, those of fewer that use `comm`.
+python -m pytest ...`, since every rank pays seconds for importing torch; each is reported alone.
+After a failure what is left of the group gets a new mpirun. Under `mpirun -n 4 pytest` tests run in
+that job: those of four processes, and, on its first ranks, those of fewer that use `comm`.
 
 mpi-pytest was tried and is not used: it imports mpi4py.MPI into the parent, so that serial tests
 need MPI; it starts one mpirun a test, has no time limits and no stacks, shows neither the failing
@@ -20,10 +20,9 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from launch import TAG, Job, launcher
+from launch import HARNESS_FRAMES, TAG, Job, launcher
 
 from mpisync import launchers
 
@@ -72,7 +71,7 @@ def pytest_configure(config):
 
 
 class Common:
-    """What holds in every mode: the limits of parallel tests are kept here, not by pytest-timeout."""
+    """What holds in every mode: parallel tests' limits are kept here, not by pytest-timeout."""
 
     def __init__(self, config):
         self.config = config
@@ -85,17 +84,8 @@ class Common:
 # -- plain pytest -----------------------------------------------------------------------------
 
 
-class Text(str):
-    """A failure's text, with the line that pytest's short summary shows."""
-
-    def __new__(cls, text, summary):
-        self = super().__new__(cls, text)
-        self.reprcrash = SimpleNamespace(message=summary)
-        return self
-
-
 class Parent(Common):
-    """Starts groups of tests under mpirun and turns what their ranks report into pytest's reports."""
+    """Starts groups of tests under mpirun and makes of the ranks' reports pytest's own."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -126,13 +116,7 @@ class Parent(Common):
             reports = self.group.reports(item)
         except Broken as broken:
             self.close()
-            text = Text(str(broken), str(broken).partition("\n")[0])
-            duration_s = time.monotonic() - started_s
-            return [
-                pytest.TestReport(
-                    item.nodeid, item.location, {}, "failed", text, "call", duration=duration_s
-                )
-            ]
+            return [_failed(item, "call", str(broken), time.monotonic() - started_s)]
         if any(report.failed for report in reports):
             self.close()  # a failed test may have left messages behind
         elif item.nodeid == self.group.last:
@@ -145,9 +129,8 @@ class Parent(Common):
         run = group.job.finish(time.monotonic() - group.job.started_s + EXIT_S)
         if run.returncode == 0 and not run.left:
             return []
-        summary = f"mpirun ended with {run.returncode} after the tests had passed; left: {run.left}"
-        text = Text(f"{summary}\n{run.stdout[-2000:]}\n{run.stderr}", summary)
-        return [pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "teardown")]
+        text = f"mpirun ended with {run.returncode} after the tests had passed; left: {run.left}"
+        return [_failed(item, "teardown", f"{text}\n{run.stdout[-2000:]}\n{run.stderr}")]
 
     def close(self):
         if self.group is not None:
@@ -156,6 +139,13 @@ class Parent(Common):
 
     def pytest_unconfigure(self):
         self.close()
+
+
+def _failed(item, phase, text, duration_s=0.0):
+    """Return a failed report; pytest's short summary shows the first line of `text`."""
+    return pytest.TestReport(
+        item.nodeid, item.location, {}, "failed", text, phase, duration=duration_s
+    )
 
 
 def _like(item):
@@ -232,6 +222,8 @@ class Group:
         elif event == "report":
             hook = self.config.hook.pytest_report_from_serializable
             report = hook(config=self.config, data=data)
+            if isinstance(report.longrepr, list):
+                report.longrepr = tuple(report.longrepr)  # a skip's place and reason, by way of JSON
             self.partial[nodeid, rank].append(report)
             if report.failed:
                 self.failed_s.setdefault(nodeid, time.monotonic())
@@ -245,10 +237,12 @@ class Group:
         self.read()
         done = self.done[item.nodeid]
         open_ranks = sorted(set(range(self.nprocs)) - set(done))
-        seen = {rank: [*done.get(rank, []), *self.partial.pop((item.nodeid, rank), [])]
-                for rank in range(self.nprocs)}
+        seen = {
+            rank: [*done.get(rank, []), *self.partial.pop((item.nodeid, rank), [])]
+            for rank in range(self.nprocs)
+        }
         parts = [f"{why}; ranks {_ranks(open_ranks)} of {self.nprocs} had not finished the test"]
-        parts += [text for _, text in failures(seen.values(), self.nprocs, ranks=list(seen))]
+        parts += failures(seen, self.nprocs)
         if self.job.process.returncode is not None:
             parts.append(f"mpirun's exit code: {self.job.process.returncode}")
         for name in ("stderr", "stdout"):
@@ -261,36 +255,35 @@ def _ranks(ranks):
     return ", ".join(map(str, ranks)) or "none"
 
 
-def failures(reports_by_rank, nprocs, *, ranks):
-    """Return (summary, text) of each different failure, with the ranks that had it."""
+def failures(reports, nprocs):
+    """Return a text for each different failure, the ranks that had it first.
+
+    Args:
+        reports: of each rank, its reports.
+        nprocs: how many ranks there are.
+    """
     texts = defaultdict(list)
-    for rank, reports in zip(ranks, reports_by_rank, strict=True):
-        for report in reports:
+    for rank, of_rank in reports.items():
+        for report in of_rank:
             if report.failed:
                 said = "".join(f"\n--- {name} ---\n{text}" for name, text in report.sections)
                 crash = getattr(report.longrepr, "reprcrash", None)
-                texts[report.longreprtext + said, getattr(crash, "message", "")].append(rank)
-    return [
-        (f"rank {_ranks(who)} of {nprocs}: {message}", f"rank {_ranks(who)} of {nprocs}:\n{text}\n")
-        for (text, message), who in texts.items()
-    ]
+                summary = crash.message.partition("\n")[0] if crash else ""
+                texts[f"{summary}\n{report.longreprtext}{said}\n"].append(rank)
+    return [f"rank {_ranks(who)} of {nprocs}: {text}" for text, who in texts.items()]
 
 
 def merge(done, nprocs):
     """Make of the reports of all ranks one a phase: failed where one rank's is, and named so."""
     phases = []
     for phase in ("setup", "call", "teardown"):
-        ranks = sorted(done)
-        at = [[report for report in done[rank] if report.when == phase] for rank in ranks]
-        every = [report for reports in at for report in reports]
-        if not every:
+        at = {rank: [r for r in done[rank] if r.when == phase] for rank in sorted(done)}
+        outcome = {r.outcome: r for reports in reversed(at.values()) for r in reports}
+        chosen = next((outcome[o] for o in ("failed", "skipped", "passed") if o in outcome), None)
+        if chosen is None:
             continue
-        outcome = {report.outcome: report for report in reversed(every)}
-        chosen = outcome.get("failed") or outcome.get("skipped") or every[0]
         if chosen.failed:
-            found = failures(at, nprocs, ranks=ranks)
-            text = "\n".join(text for _, text in found)
-            chosen.longrepr = Text(text, found[0][0])
+            chosen.longrepr = "\n".join(failures(at, nprocs))
             chosen.sections = []
         phases.append(chosen)
     return phases
@@ -307,7 +300,9 @@ class Child(Common):
         rank = launchers.placement().rank
         folder = Path(os.environ[TAG])
         config.option.basetemp = folder / f"tmp.{rank}"
-        self.file = open(folder / f"events.{rank}", "w", buffering=1)  # noqa: SIM115
+        self.file = open(folder / f"events.{rank}", "w", buffering=1)
+
+        self.failed = False
 
     def write(self, nodeid, event, data=None):
         self.file.write(json.dumps({"nodeid": nodeid, "event": event, "data": data}) + "\n")
@@ -318,9 +313,13 @@ class Child(Common):
     def pytest_runtest_logreport(self, report):
         hook = self.config.hook.pytest_report_to_serializable
         self.write(report.nodeid, "report", hook(config=self.config, report=report))
+        self.failed |= report.failed
 
     def pytest_runtest_logfinish(self, nodeid):
         self.write(nodeid, "finish")
+        if self.failed:
+            # The parent ends this job: the next test must not meet ranks still in this one.
+            time.sleep(START_S)
 
     def pytest_unconfigure(self):
         self.file.close()
@@ -336,15 +335,16 @@ class World(Common):
         super().__init__(config)
         self.rank, self.size = placement.rank, placement.size
         self.stderr = os.dup(2)  # before pytest captures it
-        if self.rank:
-            # One report is enough; what fails elsewhere is shown by pytest_runtest_logreport.
-            reporter = config.pluginmanager
-            reporter.set_blocked("terminalprogress")
-            config.option.verbose, config.option.no_header, config.option.no_summary = -2, True, True
 
     def pytest_sessionstart(self):
         if self.rank:
-            self.config.get_terminal_writer()._file = open(os.devnull, "w")  # noqa: SIM115
+            # One report is enough; what fails elsewhere is shown by pytest_runtest_logreport.
+            self.quiet = open(os.devnull, "w")
+            self.config.get_terminal_writer()._file = self.quiet
+
+    def pytest_unconfigure(self):
+        if self.rank:
+            self.quiet.close()
 
     def pytest_collection_modifyitems(self, items):
         for item in items:
@@ -384,9 +384,12 @@ class World(Common):
 
         def watch():
             if not over.wait(limit_s):
-                head = f"rank {self.rank} of {self.size}: {item.nodeid} took over {limit_s:g} s\n"
-                os.write(self.stderr, head.encode())
-                faulthandler.dump_traceback(self.stderr, all_threads=True)
+                text = f"rank {self.rank} of {self.size}: {item.nodeid} took over {limit_s:g} s\n"
+                with tempfile.TemporaryFile("w+") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                    file.seek(0)
+                    text += HARNESS_FRAMES.sub("", file.read())
+                os.write(self.stderr, text.encode())
                 time.sleep(2.0)  # every rank shows its own before the first exit ends the job
                 os._exit(1)
 

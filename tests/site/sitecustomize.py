@@ -1,4 +1,4 @@
-"""Lets every rank of a test's job be asked for its stacks, from its first moment (see launch.py)."""
+"""Lets every rank of a test's job be asked for its stacks, from its start (see launch.py)."""
 
 import faulthandler
 import os
