@@ -1,0 +1,349 @@
+"""A root aggregator among scripted workers, in virtual time: no MPI, no processes, no sleeping.
+
+`ScriptedLink` stands in for a transport. It keeps a gradient's memory full of NaN until its last byte
+is in, and again after the root has given it back, so that whatever is read too early or too late
+poisons the mean. `World.serve` holds every step that closes against what any step must be.
+"""
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpisync.aggregation.root import Root
+from mpisync.kernels.fold import Reducer
+from mpisync.transport.base import RootLink
+from mpisync.transport.layout import Layout, aligned_bytes
+from mpisync.transport.peers import Peer
+from mpisync.transport.wire import NOT_FINITE, Header, Kind, Status
+
+SIZE = 5
+INCARNATION = 77
+STALLED_S = 0.5
+STUCK_S = 100.0
+
+
+class Stuck(AssertionError):
+    """Nothing will happen any more, and no step closes."""
+
+
+class ScriptedPeer(Peer):
+    """A process that dies when the script says so."""
+
+    dead: set[int] = set()
+
+    def state(self):
+        return None if self.rank in self.dead else "S"
+
+
+@dataclass
+class ScriptedWorker:
+    """What a worker does; times in virtual seconds."""
+
+    number: int
+    delay: object  # sequence -> seconds of computing
+    transit: object = lambda sequence: 0.0  # sequence -> seconds from being asked to being whole
+    samples: int = 1
+    poisonous: object = lambda sequence: False
+    last: float = math.inf  # it leaves instead of computing this sequence
+    farewell: Kind = Kind.LEAVE  # what it says then
+    link: RootLink | None = None
+    sequence: int = 0
+    ordinal: int = 0
+    handed: int = 0
+    resume: int | None = None
+    said: dict[int, Header] = field(default_factory=dict)  # gradients by ordinal
+    verdicts: dict[int, object] = field(default_factory=dict)  # replies by sequence
+    ended: bool = False
+    computing: bool = False
+    dead: bool = False
+    gone: bool = False
+
+
+def value_of(worker, sequence, size=SIZE):
+    """A gradient in which the order of summation matters."""
+    rng = np.random.default_rng((worker, sequence))
+    return (rng.standard_normal(size) * 10.0 ** rng.integers(-4, 5, size)).astype(np.float32)
+
+
+class ScriptedLink(RootLink):
+    """A transport whose headers, payloads and stalls are the script's."""
+
+    def __init__(self, world, workers, *, in_pieces, capacity):
+        self.workers = tuple(workers)
+        self.in_pieces, self.world, self.capacity = in_pieces, world, capacity
+        self.inbox, self.arrived = [], []
+        self.memory = {w: aligned_bytes(world.layout.size_bytes) for w in workers}
+        for worker in workers:
+            self.poison(worker)
+        self.asked, self.whole = {}, set()
+        self.most_asked = 0
+        self.version, self.parameters = -1, None
+        self.ends = []
+        self.served = {}
+        self.closed = False
+
+    def poison(self, worker):
+        self.memory[worker][:] = 0xFF
+
+    def fill(self, worker, sequence):
+        target = self.world.layout.arrays(self.memory[worker])[0]
+        target[:] = value_of(worker, sequence, target.size)
+        if self.world.layout.extras_bytes:
+            self.world.layout.extras(self.memory[worker])[:] = (worker, sequence)
+
+    def headers(self):
+        heard, self.inbox = self.inbox, []
+        return heard
+
+    def progress(self):
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def want(self, worker):
+        if not self.in_pieces or worker in self.asked:
+            return True
+        if len(self.asked) >= self.capacity:
+            return False
+        now_s = self.world.now_s
+        self.asked[worker] = now_s
+        self.most_asked = max(self.most_asked, len(self.asked))
+        its = self.world.workers[worker]
+        sequence = its.sequence
+        self.world.at(now_s + its.transit(sequence), lambda: self.come(worker, sequence, now_s))
+        return True
+
+    def come(self, worker, sequence, asked_s):
+        its = self.world.workers[worker]
+        if self.asked.get(worker) == asked_s and its.sequence == sequence and not its.dead:
+            self.fill(worker, sequence)
+            self.whole.add(worker)
+            self.arrived.append(worker)
+
+    def is_whole(self, worker):
+        return worker in self.whole
+
+    def is_moving(self, worker, now_s):
+        return worker in self.whole or now_s - self.asked[worker] < STALLED_S
+
+    def gradient(self, worker, block):
+        assert worker in self.whole, f"worker {worker}'s gradient is read before it is whole"
+        return self.world.layout.view(self.memory[worker], block)
+
+    def release(self, worker):
+        self.asked.pop(worker, None)
+        if self.in_pieces:
+            self.whole.discard(worker)
+            self.poison(worker)
+
+    def reply(self, worker, reply):
+        if not self.in_pieces and reply.ordinal in self.world.workers[worker].said:
+            self.whole.discard(worker)  # the slot is its worker's again, who spoils it at once
+            self.poison(worker)
+        self.world.hear(self.world.workers[worker], reply)
+
+    def begin(self, version):
+        assert version == self.version + 1
+
+    def publish(self, version, parameters):
+        assert version == self.version + 1
+        self.version, self.parameters = version, parameters.copy()
+
+    def serve(self, worker):
+        self.served[worker] = self.version
+        self.world.go_on(self.world.workers[worker])
+        self.world.notice_the_end(self.world.workers[worker])
+
+    def end(self, end):
+        self.ends.append(end)
+
+    def flush(self):
+        if self.ends:
+            for worker in self.workers:
+                self.world.notice_the_end(self.world.workers[worker])
+
+    busy = False
+
+    def wait(self, timeout_s):
+        self.world.sleep(timeout_s)
+
+    def close(self):
+        self.closed = True
+
+
+class World:
+    """Virtual time, workers and the root."""
+
+    def __init__(self, workers, policy, *, pieces=(), capacity=2, extras=False, weighted=False):
+        self.now_s = self._last_event_s = 100.0
+        self._events, self._order = [], itertools.count()
+        self.workers = workers
+        self.layout = Layout.of([("float32", SIZE)], 2 if extras else 0)
+        self.records, self.steps = [], []
+        near = [w.number for w in workers if w.number not in pieces]
+        self.links = [
+            ScriptedLink(self, numbers, in_pieces=in_pieces, capacity=capacity)
+            for numbers, in_pieces in ((near, False), (pieces, True))
+            if numbers
+        ]
+        for link in self.links:
+            for number in link.workers:
+                workers[number].link = link
+        peers = [ScriptedPeer(rank, "host", "boot", "pids", 1000 + rank, 0) for rank in range(len(workers) + 1)]
+        self.dead = set()
+        for peer in peers:
+            object.__setattr__(peer, "dead", self.dead)
+        self.parameters = aligned_bytes(self.layout.size_bytes)
+        self.weighted, self.policy = weighted, policy
+        self.root = Root(
+            peers,
+            self.links,
+            self.layout,
+            self.parameters,
+            policy,
+            Reducer(1),
+            weighted=weighted,
+            clock=lambda: self.now_s,
+            stall_report_s=1e9,
+        )
+        for worker in workers:
+            self.say(worker, Kind.READY)
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def at(self, time_s, action):
+        if time_s < math.inf:
+            heapq.heappush(self._events, (time_s, next(self._order), action))
+
+    def sleep(self, timeout_s):
+        """Go on to the next thing that happens, at most `timeout_s` ahead."""
+        self.check_accounts()
+        if self.now_s > self._last_event_s + STUCK_S:
+            raise Stuck(f"{self.root._step}: {[(m.worker, m.state) for m in self.root.members]}")
+        until_s = self.now_s + max(timeout_s, 1e-9)
+        if not self._events or self._events[0][0] > until_s:
+            self.now_s = until_s
+            return
+        self._last_event_s = self._events[0][0]
+        self.now_s = max(self.now_s, self._events[0][0])
+        while self._events and self._events[0][0] <= self.now_s:
+            heapq.heappop(self._events)[2]()
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def say(self, worker, kind, *, samples=0, flags=0, version=0):
+        worker.ordinal += 1
+        header = Header(
+            INCARNATION, kind, flags, worker.number, worker.ordinal, worker.sequence, version,
+            samples, worker.handed, 0.5, 0.0, 0.0, self.now_s, 0, "",
+        )  # fmt: skip
+        if kind == Kind.GRADIENT:
+            worker.said[worker.ordinal] = header
+            if not worker.link.in_pieces:
+                worker.link.fill(worker.number, worker.sequence)
+                worker.link.whole.add(worker.number)
+        worker.link.inbox.append(header)
+
+    def hear(self, worker, reply):
+        if reply.ordinal in worker.said:
+            sequence = worker.said[reply.ordinal].sequence
+            assert sequence not in worker.verdicts, "a gradient gets one verdict"
+            worker.verdicts[sequence] = reply
+            worker.sequence = sequence + 1
+        assert worker.resume is None or reply.status == Status.NOTED
+        worker.resume = reply.resume
+        self.go_on(worker)
+
+    def go_on(self, worker):
+        """Begin a computation, if the worker knows at which version and has it."""
+        version = worker.link.served.get(worker.number, -1)
+        stays = worker.dead or worker.ended or worker.link.ends
+        if worker.resume is None or version < worker.resume or stays:
+            return
+        worker.resume = None
+        if worker.sequence >= worker.last:
+            worker.ended = True
+            self.say(worker, worker.farewell)
+            return
+        worker.computing = True
+        delay_s, sequence = worker.delay(worker.sequence), worker.sequence
+        self.at(self.now_s + delay_s, lambda: self.computed(worker, sequence, version))
+
+    def computed(self, worker, sequence, version):
+        if worker.dead:
+            return
+        worker.computing = False
+        worker.handed += worker.samples
+        flags = NOT_FINITE if worker.poisonous(sequence) else 0
+        self.say(worker, Kind.GRADIENT, samples=worker.samples, flags=flags, version=version)
+
+    def kill(self, number):
+        self.workers[number].dead = True
+        self.dead.add(number)
+
+    def notice_the_end(self, worker):
+        """Say goodbye once the verdict is there and the end was seen."""
+        stays = worker.gone or worker.dead or worker.computing or not worker.link.ends
+        if stays or len(worker.said) > len(worker.verdicts):
+            return
+        if worker.link.served.get(worker.number) == worker.link.version:
+            worker.gone = worker.ended = True
+            self.say(worker, Kind.BYE)
+
+    # -- the root ----------------------------------------------------------------------------------
+
+    def serve(self, steps, each=lambda closed, record: None):
+        """Serve, and hold each step against the invariants; the records."""
+        for closed in self.root.serve(steps):
+            mean = closed.mean[0].copy()
+            theta = self.layout.arrays(self.parameters)[0]
+            theta -= np.float32(0.1) * mean
+            record = closed.publish()
+            self.records.append(record)
+            self.steps.append((closed, mean))
+            self.check_step(closed, mean, record)
+            self.check_accounts()
+            each(closed, record)
+        return self.records
+
+    def check_step(self, closed, mean, record):
+        accepted = record.accepted
+        assert [(w, s) for w, s, _ in accepted] == closed.accepted
+        if self.policy.staleness == 0:
+            assert len({w for w, *_ in accepted}) == len(accepted), "from distinct workers"
+            assert all(v == closed.step for *_, v in accepted), "at the version being updated"
+        np.testing.assert_array_equal(mean, self.fold(accepted))
+        assert closed.finite
+        if self.layout.extras_bytes:
+            assert [tuple(e) for e in closed.extras] == [(w, s) for w, s, _ in accepted]
+        assert np.array_equal(self.links[0].parameters, self.parameters)
+
+    def fold(self, accepted):
+        """The strict left fold of these gradients, divided."""
+        total, divisor = None, 0
+        for worker, sequence, _ in accepted:
+            weight = self.workers[worker].samples if self.weighted else 1
+            term = np.float32(weight) * value_of(worker, sequence)
+            total, divisor = (term if total is None else total + term), divisor + weight
+        return total / np.float32(divisor)
+
+    def check_accounts(self):
+        """I10, by what the workers said and what the records and verdicts say."""
+        for member in self.root.members:
+            worker, account = self.workers[member.worker], member.account
+            samples = worker.samples
+            used = [a for r in self.records for a in r.accepted if a[0] == member.worker]
+            still = [a for a in self.root._step.accepted if a.worker == member.worker]
+            known = {(a[0], a[1]) for a in used} | {(a.worker, a.sequence) for a in still}
+            discarded = [
+                sequence
+                for sequence, reply in worker.verdicts.items()
+                if reply.status != Status.ACCEPTED or (worker.number, sequence) not in known
+            ]
+            assert account.used == samples * len(used)
+            assert account.discarded == samples * len(discarded)
+            waiting = member.next_sequence - len(used) - len(discarded)
+            assert account.in_flight + account.lost == samples * waiting
+            assert account.in_flight >= 0 and (account.lost == 0 or not member.is_alive)
