@@ -29,6 +29,7 @@ def farewell(
     """
     began_s = root.clock()
     root.end(failure)
+    root.abandon()
     for member in root.members:
         if member.state in (State.ANNOUNCED, State.WANTED, State.ACCEPTED):
             _too_late(root, member)
@@ -57,7 +58,7 @@ def _hear(root: Root, member: Member, header: Header) -> None:
         root.handle(member, header)
     else:  # one failure has ended it already, or it fails after a good end: its own exit tells
         root.noted(member, header)
-    if member.state is State.LEFT or header.kind == Kind.FAIL:
+    if member.state is not State.GONE:
         root.serve_parameters(member)
 
 
@@ -69,7 +70,7 @@ def _too_late(root: Root, member: Member) -> None:
 def _is_gone(root: Root, member: Member) -> bool:
     if member.state not in (State.GONE, State.LOST) and root.me.sees(member.peer):
         if member.peer.state() is None:
-            member.state = State.LOST
+            root.lose(member, State.LOST)
     return member.state in (State.GONE, State.LOST)
 
 

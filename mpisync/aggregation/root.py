@@ -126,7 +126,7 @@ class Root:
         self._sum = RunningSum(layout, reducer, blocks, norms=norms)
         self._layout, self._weighted, self._norms = layout, weighted, norms
         self._lots = random.Random(0)
-        self._backlog: list[tuple[float, float, Header]] = []  # heard, not handled
+        self._backlog: deque[tuple[float, float, Header]] = deque()  # heard, not handled
         self._queue: list[Member] = []  # announced in order of arrival, payload not asked for
         self._rejected_in_a_row = 0
         self._stop_asked = False
@@ -178,9 +178,7 @@ class Root:
         """Run until the open step closes; None when there will be no further one."""
         while True:
             self._hear()
-            for link in self.links:
-                for worker in link.progress():
-                    self._whole(self.members[worker])
+            self._take_whole([w for link in self.links for w in link.progress()])
             self._ask()
             if self._stop_asked or not self._step.alive:
                 return None
@@ -191,18 +189,18 @@ class Root:
 
     def heard(self) -> list[tuple[float, float, Header]]:
         """Take in headers as (time of completion, lot, header), first completed first."""
-        now_s, heard = self.clock(), self._backlog
-        self._backlog = []
-        for link in self.links:
-            for header in link.headers():
-                near = self.members[header.worker].peer.shares_kernel(self.me)
-                at_s = min(header.stamp_s, now_s) if near else now_s
-                heard.append((at_s, self._lots.random(), header))
+        headers = [header for link in self.links for header in link.headers()]
+        now_s, heard = self.clock(), list(self._backlog)  # now: no stamp on this node is later
+        self._backlog.clear()
+        for header in headers:
+            near = self.members[header.worker].peer.shares_kernel(self.me)
+            at_s = min(header.stamp_s, now_s) if near else now_s
+            heard.append((at_s, self._lots.random(), header))
         heard.sort(key=lambda entry: entry[:2])
         return heard
 
     def _hear(self) -> None:
-        heard = deque(self.heard())
+        heard = self._backlog = deque(self.heard())  # what an exception leaves is heard later
         times = Counter(at_s for at_s, *_ in heard)
         while heard and not self._is_closing:
             at_s, _, header = heard.popleft()
@@ -212,7 +210,6 @@ class Root:
                 continue
             self.announced(member, header, at_s, is_tie=times[at_s] > 1)
             self._judge(member)
-        self._backlog = list(heard)
 
     def handle(self, member: Member, header: Header) -> None:
         """Answer a header that is no gradient's."""
@@ -222,8 +219,7 @@ class Root:
         if header.kind == Kind.STOP:
             self._stop_asked = True
         if header.kind in (Kind.LEAVE, Kind.BYE):
-            member.state = State.LEFT if header.kind == Kind.LEAVE else State.GONE
-            self._count_living()
+            self.lose(member, State.LEFT if header.kind == Kind.LEAVE else State.GONE)
         resume = self.noted(member, header)
         if header.kind == Kind.READY:
             self._resume(member, resume)
@@ -280,12 +276,16 @@ class Root:
             if arrival in step.held and not self._is_closing:
                 self._judge(self.members[arrival.worker])
 
-    def _whole(self, member: Member) -> None:
-        """The last byte of an asked-for gradient is in: now is when it arrived."""
-        if member.state is State.WANTED:
-            member.arrival = replace(member.came, at_s=self.clock())
-            if not self._is_closing:  # else it is judged when the next step opens
-                self._judge(member)
+    def _take_whole(self, workers: list[int]) -> None:
+        """The last bytes of asked-for gradients are in: now is when they arrived."""
+        now_s = self.clock()
+        for worker in self._lots.sample(workers, len(workers)):  # no rank goes before another
+            member = self.members[worker]
+            if member.state is State.WANTED:
+                member.arrival = replace(member.came, at_s=now_s)
+                member.is_tie = len(workers) > 1
+                if not self._is_closing:  # else it is judged when the next step opens
+                    self._judge(member)
 
     def _ask(self) -> None:
         """Ask for payloads, first announced first, so many as the step still lacks.
@@ -415,6 +415,15 @@ class Root:
             for link in self.links:
                 link.end(End(self.version, failure))
 
+    def abandon(self) -> None:
+        """Give up the open step: what was accepted into it will not be used."""
+        for taken in self._taken:
+            if taken.header is not taken.member.header:  # has been told so, or is gone
+                taken.member.account.discarded += taken.header.samples
+        self._taken.clear()
+        self._step.accepted.clear()
+        self._sum.forget()
+
     # -- folding, closing, opening -----------------------------------------------------------------
 
     def _fold_now(self) -> None:
@@ -433,12 +442,16 @@ class Root:
 
     def _answer_early(self) -> None:
         """Where workers need not wait for the next version: go on once the gradient is in the sum."""
-        if self.policy.staleness == 0 or not self._sum.has_pending:
+        if self.policy.staleness == 0:
             return
-        waiting = self._taken[self._folded :]
-        self._fold_now()
-        for taken in waiting:
-            self._answer(taken.member, Status.ACCEPTED)
+        if self._sum.has_pending:
+            self._fold_now()
+        self._answer_accepted()
+
+    def _answer_accepted(self) -> None:
+        for taken in self._taken:
+            if taken.member.state is State.ACCEPTED:
+                self._answer(taken.member, Status.ACCEPTED)
 
     def _close(self, now_s: float) -> ClosedStep:
         step, headers = self._step, [taken.header for taken in self._taken]
@@ -447,6 +460,9 @@ class Root:
         sums = self._sum.fold(
             float(samples if self._weighted else len(headers)), weighted=self._weighted
         )
+        for taken in self._taken[self._folded :]:
+            if not taken.member.is_alive:  # nobody is left to be answered
+                taken.member.link.release(taken.member.worker)
         for link in self.links:
             link.begin(self.version + 1)
         return ClosedStep(
@@ -475,9 +491,7 @@ class Root:
             link.publish(self.version, self.parameters)
         if self.version == self._last:
             self.end("")  # with the last version, so that nobody computes on it
-        for taken in self._taken:
-            if taken.member.state is State.ACCEPTED:
-                self._answer(taken.member, Status.ACCEPTED)
+        self._answer_accepted()
         for member in self.members:
             if 0 <= member.waits_for <= self.version:
                 self.serve_parameters(member)
@@ -517,8 +531,10 @@ class Root:
         self._taken, self._folded, self._extras = [], 0, []
         self._is_closing = False
         self._accepted_s = self._step.opened_s
+        if self._has_ended:
+            return  # no step follows; `farewell` gives the last verdicts
         known = [m for m in self.members if m.state in (State.ANNOUNCED, State.WANTED)]
-        for member in sorted(known, key=lambda member: member.came.at_s):
+        for member in sorted(known, key=lambda member: (member.came.at_s, self._lots.random())):
             if not self._is_closing and member.state in (State.ANNOUNCED, State.WANTED):
                 self._judge(member)
 
@@ -564,12 +580,19 @@ class Root:
             if member.state in (State.LOST, State.GONE) or not self.me.sees(member.peer):
                 continue
             if member.peer.state() is None:
-                self._forget(member)
-                member.account.lost += member.account.in_flight
-                member.state, member.waits_for = State.LOST, -1
-                self._count_living()
+                self.lose(member, State.LOST)
                 if not self._step.alive:
                     self.fail(f"{member.peer} ended, and no worker is left")
+
+    def lose(self, member: Member, state: State) -> None:
+        """Expect no further gradient of a worker; one that was accepted counts all the same."""
+        if member.state in (State.ANNOUNCED, State.WANTED):
+            self._forget(member)
+            member.link.release(member.worker)
+        taken = sum(taken.header.samples for taken in self._taken if taken.member is member)
+        member.account.lost += member.account.in_flight - taken
+        member.state, member.waits_for = state, -1
+        self._count_living()
 
     def close(self) -> None:
         """Give back receives and memory."""
