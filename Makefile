@@ -31,8 +31,8 @@ $(STAMP): setup.py constraints.txt
 	@test -n '$(PYTHON)' || { $(MISSING); exit 1; } >&2
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable '.[$(MPI),torch,report,test]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[$(MPI),torch,report,test]'
 	touch $@
 
 test: $(STAMP)

@@ -28,7 +28,7 @@ setup(
     long_description=description(),
     long_description_content_type="text/markdown",
     author="The mpisync developers",
-    license="BSD-3-Clause",
+    license_expression="BSD-3-Clause",
     license_files=["LICENSE"],
     packages=find_packages(include=["mpisync", "mpisync.*"]),
     package_data={"mpisync": ["py.typed"]},

@@ -13,6 +13,7 @@ import shlex
 import sys
 
 from mpisync import launchers, settings
+from mpisync.policies import parse_policy
 
 NAME = "run"
 
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks to start, the root included; in a Slurm allocation its tasks by default",
     )
     parser.add_argument(
-        "--policy", help="the policy, in place of the script's (sets MPISYNC_POLICY)"
+        "--policy",
+        help="the policy, in place of the script's: backup:1, deadline:0.5, async:k=2, replay:PATH "
+        "(sets MPISYNC_POLICY)",
     )
     parser.add_argument(
         "--transport", metavar="NAME",
@@ -102,7 +105,9 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     ):
         if text is not None:
             environ[name] = text
-            settings.read(name, environ=environ)
+            settings.read(name, environ=environ)  # refuses nonsense here, once, not on every rank
+    if environ.get("MPISYNC_POLICY"):
+        parse_policy(environ["MPISYNC_POLICY"])
     for name in settings.unknown(environ):
         print(
             f"mpisync run: {name} is set, and mpisync has no such setting; it has "
