@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpisync import settings
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
-from mpisync.kernels.fold import Reducer
+from mpisync.kernels.fold import Reducer, warm
 from mpisync.policies import Policy
 from mpisync.transport.layout import Layout, aligned_bytes
 from mpisync.transport.rendezvous import (
@@ -54,7 +54,11 @@ class Place:
         policy: Policy,
     ) -> None:
         self.layout, self.published, self.policy = layout, published, policy
+        dtypes = [segment.dtype.name for segment in layout.segments]
+        if comm.rank == comm.size - 1:
+            warm(dtypes)  # compiled once, before anyone waits for a step; the others find it cached
         self.meeting: Meeting = meet(comm, claim, differ)
+        warm(dtypes)
         self.reducer = Reducer(self._threads())
         # a worker that is out of date may go on reading only where its gradient can still count
         self._buffers = 1 if policy.staleness == 0 else _BUFFERS

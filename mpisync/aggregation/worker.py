@@ -138,13 +138,16 @@ class Worker:
 
     def finish(self) -> None:
         """Contribute nothing more, wait for the end of the training and its final parameters."""
-        if self.ended is None and self._has_ended() is None:
-            self._ask(Kind.LEAVE)
+        if not self._has_ended() or self.link.newest() != self._the_end().version:
+            self._ask(Kind.LEAVE)  # also where the end overtook older parameters: ask for the last
             self._wait(self._has_ended, "the end of the training")
-        assert self.ended is not None
-        final = self.ended.version
+        final = self._the_end().version
         self._wait(lambda: self.link.newest() >= final or None, "the final parameters")
         self.version = final
+
+    def _the_end(self) -> End:
+        assert self.ended is not None
+        return self.ended
 
     def fail(self, text: str) -> None:
         """Tell the root that this worker's loop ended with an exception."""
