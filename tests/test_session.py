@@ -1,0 +1,328 @@
+"""The torch face among real processes: what a training script may rely on."""
+
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mpisync
+from mpisync.policies import read_record
+
+WORKERS = 2
+DATA = TensorDataset(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(64) % 3)
+
+
+def new_model(seed=0, norm=False):
+    torch.manual_seed(seed)
+    middle = [nn.BatchNorm1d(8)] if norm else []
+    return nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def sgd(model, **more):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **more})
+
+
+def loader(**more):
+    return DataLoader(DATA, **{"batch_size": 8, "shuffle": True, **more})
+
+
+def train(comm, model, optimizer, steps=12, data=None, body=None, **more):
+    """Run an ordinary loop; the verdicts that this rank got."""
+    verdicts = []
+    with mpisync.Session(comm, model, optimizer, progress=False, **more) as session:
+        for x, y in session.batches(loader() if data is None else data, steps=steps):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            if body is not None:
+                body(session, x)
+            verdicts.append(session.step(loss))
+    return verdicts, session
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
+
+
+def on_all(comm, value):
+    return comm.allgather(value)
+
+
+@contextmanager
+def fails_everywhere(comm, kind, *words):
+    """Every rank gets an error, and the words are in somebody's."""
+    with pytest.raises((kind, mpisync.PeerFailed)) as caught:
+        yield
+    texts = " ".join(comm.allgather(str(caught.value)))
+    for word in words:
+        assert word in texts
+
+
+@pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+@pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)], ids=["sgd", "adamw"])
+def test_full_synchrony_equals_one_process_on_the_union_of_the_batches(comm, monkeypatch, transport, make):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    drawn, model = [], new_model(seed=comm.rank)  # the root's initial values hold for all
+    train(comm, model, make(model), body=lambda s, x: drawn.append(x.clone()), policy=mpisync.BackupWorkers(0))
+    batches = on_all(comm, drawn)[:WORKERS]
+    alone = new_model(seed=WORKERS)
+    optimizer = make(alone)
+    targets = {tuple(x.tolist()): int(y) for x, y in DATA}
+    for parts in zip(*batches, strict=True):
+        x = torch.cat(parts)
+        y = torch.tensor([targets[tuple(row.tolist())] for row in x])
+        optimizer.zero_grad()
+        F.cross_entropy(alone(x), y).backward()
+        optimizer.step()
+    for other in on_all(comm, flat(model)):
+        np.testing.assert_allclose(other, flat(alone), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_given_the_mean_the_update_is_torchs_own_to_the_bit(comm):
+    model, twin = new_model(), new_model()
+    optimizer, reference = sgd(model, weight_decay=0.01), sgd(twin, weight_decay=0.01)
+
+    def replay(record):
+        for own, p in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = None if own.grad is None else own.grad.clone()
+        reference.step()
+        assert np.array_equal(flat(model), flat(twin))
+
+    train(comm, model, optimizer, on_step=replay)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_ranks_seeded_alike_draw_different_data_and_every_epoch_covers_it_once(comm):
+    drawn, model = [], new_model()
+    train(comm, model, sgd(model), steps=4, body=lambda s, x: drawn.append(x.clone()), policy=mpisync.BackupWorkers(0))
+    rows = [tuple(row) for x in sum(on_all(comm, drawn), []) for row in x.tolist()]
+    assert len(rows) == len(set(rows)) == 64  # 2 workers, 4 steps of 8 samples
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_everyone_goes_on_with_the_final_parameters_in_private_memory(comm):
+    model = new_model()
+    verdicts, session = train(comm, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=20)
+    values = on_all(comm, flat(model))
+    assert all(np.array_equal(values[0], other) for other in values)
+    assert session.version == 20
+    with torch.no_grad():
+        model[0].weight.fill_(comm.rank)
+    comm.Barrier()
+    assert (model[0].weight == comm.rank).all()
+    assert sum(v.accepted for v in sum(on_all(comm, verdicts), [])) == 20
+    optimizer = sgd(model)
+    optimizer.step()  # steps again
+
+
+@pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_asynchronous_training_reads_whole_versions_and_learns(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    model = new_model()
+    verdicts, session = train(comm, model, sgd(model, lr=0.01), policy=mpisync.Async(1), steps=30)
+    assert sum(v.accepted for v in sum(on_all(comm, verdicts), [])) == 30
+    values = on_all(comm, flat(model))
+    assert all(np.array_equal(values[0], other) for other in values)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_left_over_optimizer_step_names_the_line_to_delete(comm):
+    model = new_model()
+    optimizer = sgd(model)
+    with fails_everywhere(comm, RuntimeError, "optimizer.step() was called on a worker", "delete this line"):
+        train(comm, model, optimizer, body=lambda s, x: optimizer.step())
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_left_over_zero_grad_is_harmless(comm):
+    model = new_model()
+    optimizer = sgd(model)
+    with mpisync.Session(comm, model, optimizer, progress=False) as session:
+        for x, y in session.batches(loader(), steps=5):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            session.step(loss)
+            optimizer.zero_grad()
+    assert session.version == 5
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_writing_to_shared_parameters_is_seen_and_named(comm):
+    model = new_model()
+
+    def write(session, x):
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+
+    with fails_everywhere(comm, RuntimeError, "0.weight", "own_copy=True"):
+        train(comm, model, sgd(model), body=write)
+    model = new_model()
+    train(comm, model, sgd(model), body=write, own_copy=True)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_gradient_with_nan_is_rejected_and_training_goes_on(comm):
+    model = new_model()
+
+    def poison(session, x):
+        if session.worker == 0 and session.version == 2:
+            poison.times += 1
+            if poison.times == 1:
+                model[0].weight.grad[0, 0] = float("nan")
+
+    poison.times = 0
+    verdicts, session = train(comm, model, sgd(model), body=poison, policy=mpisync.BackupWorkers(0), steps=6)
+    rejected = [v for v in sum(on_all(comm, verdicts), []) if "NaN" in v.reason]
+    assert len(rejected) == 1 and not rejected[0].accepted and rejected[0].step == 2
+    assert np.isfinite(flat(model)).all() and session.version == 6
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_batchnorm_statistics_are_the_mean_of_the_accepted_and_late_steps_leave_no_trace(comm):
+    model = new_model(norm=True)
+    seen = []
+
+    def look(session, x):
+        seen.append((session.version, model[1].running_mean.clone().numpy()))
+
+    verdicts, _ = train(comm, model, sgd(model), body=look, policy=mpisync.BackupWorkers(1), steps=15)
+    means = on_all(comm, model[1].running_mean.numpy())
+    assert all(np.array_equal(means[0], other) for other in means)
+    assert on_all(comm, int(model[1].num_batches_tracked)) == [15] * (WORKERS + 1)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_clipping_average_scheduler_and_samples(comm):
+    model = new_model()
+    optimizer = sgd(model, momentum=0.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+    norms, rates = [], []
+
+    def look(record):
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    _, session = train(
+        comm, model, optimizer, steps=6, scheduler=scheduler, clip_norm=0.01, ema=0.5, weight="samples", on_step=look,
+        policy=mpisync.BackupWorkers(0),
+    )  # fmt: skip
+    if session.worker is None:
+        assert max(norms) <= 0.01 + 1e-9
+        assert rates == [0.1, 0.05, 0.05, 0.025, 0.025, 0.0125]
+    averages = on_all(comm, {name: v.numpy() for name, v in session.average.items()})
+    assert all(np.array_equal(averages[0][n], other[n]) for other in averages for n in other)
+    assert not np.array_equal(averages[0]["0.weight"], model[0].weight.detach().numpy())
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_stop_ends_everywhere_and_break_means_that_this_worker_leaves(comm):
+    model = new_model()
+    with mpisync.Session(comm, model, sgd(model), policy=mpisync.BackupWorkers(0), progress=False) as session:
+        for number, (x, y) in enumerate(session.batches(loader())):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            session.step(loss)
+            if session.worker == 0 and number == 3:
+                break
+            if session.worker == 1 and session.version >= 10:
+                session.stop()
+    values = on_all(comm, flat(model))
+    assert all(np.array_equal(values[0], other) for other in values)
+    assert session.version >= 10
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_evaluation_and_snapshot_are_private_copies_on_one_worker(comm):
+    model = new_model()
+    found = []
+
+    def look(session, x):
+        twin = session.evaluate(lambda m: m, every=4)
+        if twin is not None:
+            found.append(session.version)
+            with torch.no_grad():
+                twin[0].weight.zero_()
+
+    train(comm, model, sgd(model), body=look, policy=mpisync.BackupWorkers(0), steps=13)
+    assert on_all(comm, found) == [[4, 8, 12], [], []]
+    assert model[0].weight.abs().sum() > 0
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_record_replays_to_the_same_bits(comm, tmp_path):
+    path = comm.bcast(str(tmp_path / "record.jsonl"))
+
+    def run(policy, record=None):
+        model = new_model()
+        train(comm, model, sgd(model), policy=policy, steps=15, record=record)
+        return flat(model)
+
+    first = run(mpisync.BackupWorkers(1), path)
+    again = run(mpisync.Replay(path))
+    assert np.array_equal(first, again)
+    if comm.rank == WORKERS:
+        header, steps = read_record(path)
+        assert header.workers == WORKERS and [s.step for s in steps] == list(range(15))
+        assert all(len(s.accepted) == 1 and s.accepted[0][2] == s.step for s in steps)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_ranks_that_disagree_hear_it_at_once(comm):
+    for change, word in ((comm.rank == 0, "differ"),):
+        model = nn.Linear(4 + change, 2) if word else None
+        with pytest.raises(ValueError, match="weight"):
+            with mpisync.Session(comm, model, sgd(model), progress=False):
+                pass
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="LBFGS"):
+        with mpisync.Session(comm, model, torch.optim.LBFGS(model.parameters()), progress=False):
+            pass
+    with pytest.raises(ValueError, match="backup"):
+        with mpisync.Session(comm, model, sgd(model), policy=mpisync.BackupWorkers(WORKERS), progress=False):
+            pass
+    with pytest.raises(ValueError, match="nowhere"):
+        with mpisync.Session(comm, model, sgd(model), record="/nowhere/at/all.jsonl", progress=False):
+            pass
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_workers_that_draw_the_same_batches_are_warned_about(comm):
+    model = new_model()
+    same = ((x, y) for x, y in [(torch.ones(4, 6).double(), torch.zeros(4, dtype=torch.long))] * 20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(comm, model, sgd(model), data=same, steps=3, policy=mpisync.BackupWorkers(0))
+    texts = [str(w.message) for w in caught]
+    assert any("equal gradients" in text for text in texts) == (comm.rank == WORKERS)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_samples_are_accounted_for(comm, tmp_path):
+    path = comm.bcast(str(tmp_path / "record.jsonl"))
+    model = new_model()
+    verdicts, session = train(comm, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=20, record=path)
+    handed = sum(on_all(comm, 8 * len(verdicts)))
+    if session.worker is None:
+        _, steps = read_record(path)
+        used = sum(step.samples_used for step in steps)
+        accounts = session._role._root.members
+        assert used == sum(m.account.used for m in accounts) == 20 * 8
+        assert handed == sum(m.account.handed for m in accounts)
+        assert all(m.account.in_flight == 0 for m in accounts)
+
+
+def test_alone_the_same_script_trains_with_a_notice(capfd):
+    from mpi4py import MPI
+
+    model = new_model()
+    verdicts, session = train(MPI.COMM_SELF, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=7)
+    assert session.version == 7 and all(v.accepted for v in verdicts)
+    assert "policy backup:1 is ignored" in capfd.readouterr().err
