@@ -13,7 +13,7 @@ _HOMES: dict[str, str] = {
     "BackupWorkers": "mpisync.policies",
     "Deadline": "mpisync.policies",
     "PartialReduce": "mpisync.session.partial",
-    "PeerFailed": "mpisync.aggregation.root",
+    "PeerFailed": "mpisync.aggregation.steps",
     "Replay": "mpisync.policies",
     "Session": "mpisync.session.session",
     "StepRecord": "mpisync.policies",

@@ -13,13 +13,14 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from mpisync.aggregation.ledger import Ledger
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.stalls import StallReport
+from mpisync.aggregation.steps import ClosedStep, PeerFailed, Taken
 from mpisync.aggregation.sums import RunningSum
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, Decision, OpenStep, Policy, StepRecord
@@ -31,56 +32,6 @@ from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Say, Status
 _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' processes live
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
 _REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
-
-
-class PeerFailed(RuntimeError):
-    """An exception on another rank ended the training."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """An accepted gradient of the open step."""
-
-    member: Member
-    header: Header
-    arrival: Arrival
-    is_tie: bool
-
-
-@dataclass
-class ClosedStep:
-    """A step that has its gradients: update the parameters, then `publish`.
-
-    Attributes:
-        step: The step's number, which is the version of the parameters to be updated.
-        accepted: (worker, sequence) of the accepted gradients, in order of acceptance.
-        mean: The mean gradient, one array a segment, in the accumulator's dtype.
-        finite: Whether every element of the mean is finite; when not, leave the parameters alone.
-        extras: What the accepted gradients carried along, in the same order.
-        samples: Samples of the accepted gradients.
-        loss: Their mean loss; NaN where a worker gave none.
-        gradient_squares: Σ‖g_j‖² over the accepted gradients; 0.0 unless norms were asked for.
-        mean_square: ‖mean‖², likewise.
-        fingerprints: Of the accepted gradients, to notice workers that compute the same.
-    """
-
-    step: int
-    accepted: list[tuple[int, int]]
-    mean: list[np.ndarray]
-    finite: bool
-    extras: list[np.ndarray]
-    samples: int
-    loss: float
-    gradient_squares: float
-    mean_square: float
-    fingerprints: list[int]
-    closed_s: float
-    reduced_s: float
-    _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
-
-    def publish(self) -> StepRecord:
-        """Make the parameters, as they are now, the next version; what happened in the step."""
-        return self._publish(self)
 
 
 class Root:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mpisync.aggregation.root import PeerFailed
+from mpisync.aggregation.steps import PeerFailed
 from mpisync.aggregation.verdict import Verdict
 from mpisync.transport.base import End, WorkerLink
 from mpisync.transport.peers import Peer

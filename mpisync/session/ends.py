@@ -9,7 +9,8 @@ from functools import partial
 
 from mpisync import ending, settings
 from mpisync.aggregation.farewell import farewell
-from mpisync.aggregation.root import PeerFailed, Root
+from mpisync.aggregation.root import Root
+from mpisync.aggregation.steps import PeerFailed
 from mpisync.aggregation.worker import Worker
 from mpisync.policies import BackupWorkers, Policy, parse_policy
 

@@ -11,7 +11,8 @@ from mpi4py import MPI
 
 from mpisync import ending
 from mpisync.aggregation.joining import Place
-from mpisync.aggregation.root import ClosedStep, Root
+from mpisync.aggregation.root import Root
+from mpisync.aggregation.steps import ClosedStep
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import mpisync
-from mpisync.aggregation.root import ClosedStep
+from mpisync.aggregation.steps import ClosedStep
 from mpisync.policies import RecordWriter, RunHeader
 from mpisync.session.ends import leave_root, problem_of
 from mpisync.session.flat import FlatModel
 from mpisync.session.joint import Joint
+from mpisync.session.progress import Progress
 from mpisync.session.threads import torch_threads
 from mpisync.session.update import Update
 
@@ -64,6 +65,7 @@ class Serving:
         self._mean = self._flat.views(self._root.mean)
         self._average: dict[str, Tensor] | None = None
         self._warned = False
+        self._progress: Progress | None = None
         self._write_header()
 
     def _open_record(self) -> None:
@@ -99,11 +101,16 @@ class Serving:
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
+        if self._settings.progress:
+            hosts = [peer.host for peer in self._place.meeting.peers[:-1]]
+            self._progress = Progress(steps, hosts)
         for closed in self._root.serve(steps):
             self._take(closed)
             record = closed.publish()
             if self._writer is not None:
                 self._writer.step(record)
+            if self._progress is not None:
+                self._progress.step(record)
             if self._settings.on_step is not None:
                 self._settings.on_step(record)
         yield from ()
@@ -157,6 +164,8 @@ class Serving:
 
     def leave(self, error: BaseException | None) -> None:
         """End the training everywhere."""
+        if self._progress is not None:
+            self._progress.close()
         try:
             self._flat.buffers.load(self._buffers)
             if self._averages:
