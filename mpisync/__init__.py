@@ -6,7 +6,13 @@ torch nor numba, and a `--help` works where MPI cannot start.
 
 from importlib import import_module
 
+from mpisync import ending
+
 __version__ = "0.1.0"
+
+# An exception on one rank, before any session, must not leave the others waiting for it: the one
+# thing done at import, and only in processes that an MPI launcher started.
+ending.install()
 
 _HOMES: dict[str, str] = {
     "Async": "mpisync.policies",

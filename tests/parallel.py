@@ -175,6 +175,8 @@ class Group:
         self.offsets = dict.fromkeys(range(self.nprocs), 0)
         command = [launcher()[0].path, "-n", str(self.nprocs), sys.executable, "-m", "pytest"]
         command += ["-q", "--no-header", "--no-summary", "--color=no", "-p", "no:cacheprovider"]
+        # its plugin imports all of hypothesis at the end, on every rank
+        command += ["-p", "no:hypothesispytest"]
         command += [f"--tb={config.option.tbstyle}", f"--rootdir={config.rootpath}"]
         command += [f"-c{config.inipath}"] if config.inipath else []
         command += [f"@{folder / 'tests'}"]

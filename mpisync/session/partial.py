@@ -9,7 +9,6 @@ from types import TracebackType
 import numpy as np
 from mpi4py import MPI
 
-from mpisync import ending
 from mpisync.aggregation.joining import Place
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.steps import ClosedStep
@@ -96,7 +95,6 @@ class PartialReduce:
         policy: Policy | None = None,
         parameters: np.ndarray | None = None,
     ) -> None:
-        ending.install()
         if comm.size < 2:
             raise ValueError(
                 "PartialReduce needs a root and at least one worker, but the communicator has one "

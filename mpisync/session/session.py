@@ -13,7 +13,6 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpisync import ending
 from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import Policy, StepRecord
 from mpisync.session.alone import Alone
@@ -99,7 +98,6 @@ class Session:
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
     ) -> None:
-        ending.install()
         if weight not in ("equal", "samples"):
             raise ValueError(f'weight must be "equal" or "samples", not {weight!r}')
         if ema is not None and not 0 < ema < 1:
