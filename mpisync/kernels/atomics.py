@@ -29,16 +29,18 @@ def _word(context: Any, builder: ir.IRBuilder, array: Any, args: Any) -> ir.Valu
     return builder.gep(words.data, [args[1]])
 
 
-def _check(words: Any) -> None:
+def _check(words: Any, *, writes: bool) -> None:
     if not isinstance(words, types.Array) or words.dtype not in (types.int64, types.uint32):
         raise TypeError(f"words must be an int64 or uint32 array, not {words}")
     if words.ndim != 1 or not words.aligned:
         raise TypeError(f"words must be aligned and of one dimension, not {words}")
+    if writes and not words.mutable:
+        raise TypeError(f"words must be writeable, not {words}")
 
 
 @intrinsic
 def _load(typing_context: Any, words: Any, i: Any) -> Any:
-    _check(words)
+    _check(words, writes=False)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pointer = _word(context, builder, words, args)
@@ -49,7 +51,7 @@ def _load(typing_context: Any, words: Any, i: Any) -> Any:
 
 @intrinsic
 def _store(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
-    _check(words)
+    _check(words, writes=True)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pointer = _word(context, builder, words, args)
@@ -61,7 +63,7 @@ def _store(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
 
 @intrinsic
 def _add(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
-    _check(words)
+    _check(words, writes=True)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.atomic_rmw("add", _word(context, builder, words, args), args[2], "acq_rel")

@@ -24,9 +24,9 @@ Array = NDArray[Any]
 FOLD_CHUNK = 4 * BLOCK  # elements
 COPY_CHUNK_BYTES = 1 << 18
 # Bytes read and written, below which waking another thread costs as much as it saves.
-THREADED_BYTES = 1 << 20
+THREADED_BYTES = 1 << 22
 # Bytes of a result, from which on it goes past the caches: they would not hold it for its reader.
-STREAMED_BYTES = 1 << 23
+STREAMED_BYTES = 1 << 22
 
 
 class FoldResult(NamedTuple):
@@ -109,7 +109,7 @@ class Reducer:
             streaming,
             np.array(sources, np.int64),
             _ones(len(sources)) if weights is None else _weights(weights, len(sources)),
-            1.0 if divisor is None else divisor,
+            1.0 if divisor is None else float(divisor),  # an int is another type for numba
             partials,
         )
         if not norms:

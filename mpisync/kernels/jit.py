@@ -9,7 +9,6 @@ the same time, one may find the other's code under its own name. Hence a cache o
 import functools
 import hashlib
 import os
-import pickle
 import stat
 import tempfile
 import uuid
@@ -116,9 +115,12 @@ class _Cache(caching.FunctionCache):
         file._data_name_pattern = f"{self._impl.filename_base}.{uuid.uuid4().hex[:12]}.{{number:d}}.nbc"
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        with suppress(OSError, EOFError, pickle.UnpicklingError):  # torn or gone: compile anew
+        try:
             return super().load_overload(signature, context)
-        return None
+        except Exception:  # a torn file may raise nearly anything: forget it, and compile anew
+            with suppress(OSError):
+                self._cache_file.flush()
+            return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
         with suppress(OSError):  # the disk or the quota is full: do without
