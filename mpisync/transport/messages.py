@@ -125,6 +125,14 @@ class MessageRootLink(RootLink):
         """Header and, when it is small, gradient."""
         return HEADER_BYTES + inline_bytes(self.layout)
 
+    def headers(self) -> list[Header]:
+        """Take in the headers that have arrived; who says goodbye listens to nothing more."""
+        heard = super().headers()
+        for header in heard:
+            if header.kind == Kind.BYE:
+                self._outgoing[header.worker].snapshot = []
+        return heard
+
     def _received(self, worker: int, message: bytearray) -> None:
         self._idle_s = _SHORTEST_S
         self._outgoing[worker].is_told = True  # it waits for its reply: nothing to hurry
@@ -247,7 +255,7 @@ class MessageRootLink(RootLink):
         """Send the newest version, from a snapshot that lasts as long as its sends."""
         outgoing = self._outgoing[worker]
         outgoing.is_told = False
-        if outgoing.version == self._version:
+        if outgoing.version == self._version or worker not in self._open:
             return
         if not self._snapshot:
             views = (self.published.view(self._parameters, b) for b in self.published.blocks)
