@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TAG = "MPITEST_RUN"
 STACKS = signal.SIGRTMIN + 7  # tests/site/sitecustomize.py answers it
 # What a launcher left in our own environment would make a job inside believe that it is a rank.
-_LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD")
+_NOT_INHERITED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "PYTHONUNBUFFERED")
 _HARNESS = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -60,7 +60,7 @@ def launcher() -> tuple[launchers.Launcher, launchers.Library]:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return an environment in which plain `mpirun -n 5 python script.py` works everywhere."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS_OWN)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
     path = [str(ROOT / "tests/site"), str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
     return {**inherited, **_HARNESS, "PYTHONPATH": os.pathsep.join(path), **(extra or {})}
 
@@ -215,7 +215,7 @@ def start_script(
     if not isinstance(script, Path):
         script = folder / "script.py"
         script.write_text(code_or_path)
-    command = [launcher()[0].path, *launcher_args, "-n", str(nprocs), sys.executable, "-u"]
+    command = [launcher()[0].path, *launcher_args, "-n", str(nprocs), sys.executable]
     return Job([*command, str(script), *args], folder, env=env, stdin=stdin, cwd=cwd)
 
 

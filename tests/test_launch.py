@@ -81,7 +81,7 @@ def bad(tmp_path_factory) -> str:
 
 def section(output: str, test: str) -> str:
     """Return what pytest's list of failures says of one test."""
-    found = re.search(rf"^_+ .*{test} _+$(.*?)^(_+|=+) ", output, re.M | re.S)
+    found = re.search(rf"^_+ .*{test} _+$(.*?)^(_|=){{3,}} ", output, re.M | re.S)
     assert found, output
     return found[1]
 
@@ -94,7 +94,8 @@ def test_a_failure_names_its_rank_and_shows_what_it_said(bad):
 
 def test_a_failure_ends_the_wait_of_the_other_ranks(bad):
     text = section(bad, "test_others_wait_for_the_failed")
-    assert "ranks 0, 1 of 3 had not finished the test" in text
+    # Where freeing the communicator waits for all, rank 2 has not finished either.
+    assert re.search(r"ranks 0, 1(, 2)? of 3 had not finished the test", text)
     assert "rank 2 of 3: assert 2 != 2" in text
     assert text.count("in test_others_wait_for_the_failed") == 2, "stacks of ranks 0 and 1"
 

@@ -30,10 +30,11 @@ def built(tmp_path_factory) -> Path:
         copy = source / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source],
-        check=True, capture_output=True, timeout=110,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=110,
     )
+    assert run.returncode == 0, run.stdout
     return folder
 
 

@@ -63,7 +63,7 @@ def test_a_dry_run_shows_the_command_and_starts_nothing(folder):
 
 def test_a_signal_reaches_the_job(folder):
     (folder / "wait.py").write_text(
-        "import time; from mpi4py import MPI; print('up', flush=True); time.sleep(1000)"
+        "import os, time; from mpi4py import MPI; os.write(1, b'up\\n'); time.sleep(1000)"
     )
     command = [sys.executable, "-m", "mpisync", "run", "-n", "2", "wait.py"]
     with subprocess.Popen(
