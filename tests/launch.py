@@ -96,14 +96,17 @@ class Job:
         """Return what the job has written to "stdout" or "stderr" so far."""
         return (self.folder / name).read_text(errors="replace")
 
-    def ranks(self) -> dict[int, int]:
-        """Return the process ids of the ranks that have started Python and still exist."""
+    def started(self) -> dict[int, int]:
+        """Return the process ids of the ranks that have started Python."""
         found: dict[int, int] = {}
         for file in self.folder.glob("stacks.*"):
             rank, pid = (int(part) for part in file.name.split(".")[1:])
-            if _state(pid) not in "ZX":
-                found[rank] = min(pid, found.get(rank, pid))  # a rank's own children come later
+            found[rank] = min(pid, found.get(rank, pid))  # a rank's own children come later
         return dict(sorted(found.items()))
+
+    def ranks(self) -> dict[int, int]:
+        """Return the process ids of those that still exist."""
+        return {rank: pid for rank, pid in self.started().items() if _state(pid) not in "ZX"}
 
     def wait_for(self, text: str, name: str = "stdout", timeout_s: float = 60.0) -> None:
         """Wait until the job has written `text`; AssertionError where it does not."""

@@ -250,6 +250,9 @@ class Group:
         for name in ("stderr", "stdout"):
             if said := self.job.output(name)[-4000:].strip():
                 parts.append(f"--- end of {name} ---\n{said}")
+                for rank, pid in self.job.started().items():
+                    if f"PID {pid} " in said:  # MPICH's launcher knows no more of the first to die
+                        parts.append(f"PID {pid} is rank {rank} of {self.nprocs}")
         return "\n".join([*parts, stacks])
 
 
