@@ -156,6 +156,18 @@ def test_a_subclass_of_dataloader_is_divided_and_stays_itself():
     assert indices(loader, 1, worker=1, workers=2) == [[2, 6, 10, 14]]
 
 
+class Reversing(DataLoader):
+    """A subclass that iterates in its own way."""
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+def test_a_subclass_that_iterates_in_its_own_way_is_taken_as_it_is():
+    loader = Reversing(plain(4), batch_size=2)
+    assert indices(loader, 3, worker=1, workers=2) == [[2, 3], [0, 1], [2, 3]]
+
+
 class Backwards(Sampler):
     def __init__(self, samples):
         self.samples = samples

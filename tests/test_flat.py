@@ -386,6 +386,17 @@ def test_a_large_gradient_in_another_layout_arrives_all_the_same(name):
     assert not flat.pack_gradients(slot).finite
 
 
+@pytest.mark.parametrize("bad", ["before", "between", "after", "other"])
+def test_small_tensors_around_large_ones_are_checked_in_every_segment(bad):
+    model = Large()
+    model.other = nn.Parameter(torch.zeros(LARGE_BYTES // 8).bfloat16())
+    flat = FlatModel(model)
+    for parameter in flat.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    getattr(model, bad).grad[-1] = float("inf")
+    assert not flat.pack_gradients(flat.zeros()).finite
+
+
 def test_a_large_tensor_without_a_gradient_is_zero_in_the_slot():
     model = Large()
     flat = FlatModel(model)
@@ -507,6 +518,11 @@ def test_the_mean_is_not_copied_unless_it_must_be_cast():
     casts = [p.grad.data_ptr() for p in flat.parameters]
     flat.assign_gradients(mean, b"\1" * 5)
     assert [p.grad.data_ptr() for p in flat.parameters] == casts
+    other = accumulators(flat)
+    for segment in other.segments:
+        segment.fill_(3.0)
+    flat.assign_gradients(other, b"\1" * 5)
+    assert all((p.grad == 3).all() for p in flat.parameters)
 
 
 def test_nobodys_gradient_is_none_and_weight_decay_leaves_the_parameter_alone():
