@@ -132,18 +132,29 @@ def test_a_slow_worker_is_named_at_once_with_host_and_factor_then_less_and_less(
 
 
 def test_of_two_workers_the_slower_one_is_named():
-    script = Script(2)
-    script.step({0: 0.04, 1: 0.4})
-    assert "slow: worker 1 on node1 takes 400 ms a gradient, 10.0 times" in script.lines[0]
+    script = Script(2, pause_s=0.5)
+    for _ in range(6):
+        script.step({0: 0.04, 1: 0.4})
+    assert "slow: worker 1 on node1 takes 400 ms a gradient, 10.0 times" in script.stream.getvalue()
 
 
 def test_a_worker_that_waits_for_its_data_is_told_so():
-    script = Script(2)
-    script.progress.step(StepRecord(0, 0.0, 0.5, 0.6, 2, 2, [(0, 0, 0), (1, 0, 0)], [
-        ArrivalRecord(0, 0, 0, "accepted", 0.1, compute_s=0.1, data_s=0.0),
-        ArrivalRecord(1, 0, 0, "accepted", 0.5, compute_s=0.1, data_s=0.4),
-    ]))
-    assert "worker 1 on node1 takes 500 ms a gradient, mostly waiting for data, 5.0" in script.lines[0]
+    progress = Progress(None, ["a", "b"], stream := io.StringIO())
+    for step in range(6):
+        accepted = [(0, step, step), (1, step, step)]
+        progress.step(StepRecord(step, float(step), step + 0.5, step + 0.6, 2, 2, accepted, [
+            ArrivalRecord(0, step, step, "accepted", 0.1, compute_s=0.1, data_s=0.0),
+            ArrivalRecord(1, step, step, "accepted", 0.5, compute_s=0.1, data_s=0.4),
+        ]))
+    named = "slow: worker 1 on b takes 500 ms a gradient, mostly waiting for data, 5.0 times"
+    assert named in stream.getvalue()
+
+
+def test_first_gradients_compare_nobody():
+    script = Script(2, pause_s=0.5)
+    for compute_s in ({0: 0.04, 1: 0.4}, {0: 0.04, 1: 0.4}, *[{0: 0.04, 1: 0.04}] * 20):
+        script.step(compute_s)
+    assert "slow" not in script.stream.getvalue()
 
 
 def test_a_jittery_worker_is_not_named():

@@ -15,10 +15,11 @@ from mpisync.policies.records import ArrivalRecord, StepRecord
 
 _RECENT_STEPS = 100  # what "lately" means
 _RECENT_GRADIENTS = 9  # of a worker, for its usual time
+_FEWEST_GRADIENTS = 5  # before a worker is compared: first ones load, compile and allocate
 _REDRAW_S = 0.2  # of a terminal's line
 _LOOK_S = 1.0  # for slow workers
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0  # between lines where there is no terminal
-_SLOW_FACTOR, _SLOW_EXCESS_S = 1.5, 0.005  # both exceeded: a slow worker, not a jittery one
+_SLOW_FACTOR, _SLOW_EXCESS_S = 1.5, 0.01  # both exceeded: a slow worker, not a jittery one
 _SILENT_FACTOR, _SILENT_STEPS = 3.0, 3
 
 
@@ -195,7 +196,9 @@ def _silence(pace: _Pace, now_s: float, step: int, typical_s: float) -> str:
 
 def _slowness(pace: _Pace, typical_s: float) -> str:
     """How a worker compares with the others; "" where it keeps up."""
-    own_s = median(pace.spent_s) if pace.spent_s else 0.0
+    if len(pace.spent_s) < _FEWEST_GRADIENTS:
+        return ""
+    own_s = median(pace.spent_s)
     if own_s <= _SLOW_FACTOR * typical_s or own_s - typical_s <= _SLOW_EXCESS_S:
         return ""
     data = ", mostly waiting for data" if 2 * median(pace.waited_s) > own_s else ""
