@@ -47,7 +47,7 @@ class ReducedStep:
             What happened in the step.
         """
         if parameters.ctypes.data != self._target.ctypes.data:
-            np.copyto(self._target, parameters.reshape(self._target.shape))
+            np.copyto(self._target, parameters.reshape(-1))
         return self._closed.publish()
 
 
@@ -66,7 +66,8 @@ class PartialReduce:
 
     Attributes:
         parameters: The parameters in memory that the root shares with the workers of its node, for
-            use without copies; the root's own memory elsewhere. Workers must not write to it.
+            use without copies; the root's own memory elsewhere. Workers must not write to it. After
+            `free`, the final parameters, a copy of one's own.
         gradient: On a worker: where its gradient goes; fill it and `push` it to save a copy.
 
     Raises:
@@ -101,8 +102,10 @@ class PartialReduce:
                 "rank: start the script with `mpisync run -n 3 ...` or mpirun"
             )
         policy = chosen_policy(policy)
-        problem = problem_of(lambda: policy.check(comm.size - 1))
         self._shape, self._dtype = like.shape, dtype_of(like)
+        problem = problem_of(lambda: policy.check(comm.size - 1))
+        if parameters is not None:
+            problem = problem or problem_of(lambda: self._check(parameters, "the parameters"))
         layout = Layout.of([(self._dtype.name, like.size)])
         content = json.dumps({"dtype": self._dtype.name, "shape": list(like.shape), "policy": str(policy)})
         self._place = Place(comm, Claim(content, problem), _differ, layout, layout, policy)
@@ -110,15 +113,16 @@ class PartialReduce:
         self._root: Root | None = None
         self._worker: Worker | None = None
         if self.is_root:
-            self._flat: np.ndarray = layout.arrays(self._place.parameters)[0]
+            self._flat: np.ndarray = layout.arrays(self._place.parameters)[0].view(like.dtype)
             if parameters is not None:
-                np.copyto(self._flat, self._dtype.stored(parameters).reshape(-1))
+                np.copyto(self._flat, parameters.reshape(-1))
             self._root = self._place.root()
         else:
             self._worker = self._place.worker()
             link = self._worker.link
-            self._flat = layout.arrays(link.parameters)[0]
-            self.gradient: np.ndarray = layout.arrays(link.gradient)[0].reshape(self._shape)
+            self._flat = layout.arrays(link.parameters)[0].view(like.dtype)
+            gradient = layout.arrays(link.gradient)[0].view(like.dtype)
+            self.gradient: np.ndarray = gradient.reshape(self._shape)
         self.parameters: np.ndarray = self._flat.reshape(self._shape)
         self._freed = False
 
@@ -176,7 +180,8 @@ class PartialReduce:
         source = self.gradient if gradient is None else gradient
         self._check(source, "the gradient")
         stored = self._dtype.stored(np.ascontiguousarray(source)).reshape(-1)
-        finite = self._place.reducer.pack(stored, self.gradient.reshape(-1), self._dtype)
+        target = self._dtype.stored(self.gradient).reshape(-1)
+        finite = self._place.reducer.pack(stored, target, self._dtype)
         worker.handed += samples
         return worker.push(finite=finite, samples=samples, loss=loss)
 
@@ -213,7 +218,13 @@ class PartialReduce:
         if self._freed:
             return
         self._freed = True
-        self.parameters = self._flat = self.gradient = np.empty(0, self._dtype.storage)  # let go of shared memory
+        final = np.empty_like(self.parameters)
+        if self._worker is None:
+            np.copyto(final, self.parameters)
+        elif error is None:
+            self._worker.finish()
+            self._worker.read(final.reshape(-1).view(np.uint8))
+        self.parameters = self._flat = self.gradient = final  # let go of shared memory
         if self._root is not None:
             leave_root(self._root, error)
         elif self._worker is not None:
