@@ -15,6 +15,8 @@ from mpisync.transport.wire import Header
 class PeerFailed(RuntimeError):
     """An exception on another rank ended the training."""
 
+    is_echo = True  # the traceback of the rank where it began says more than one from here
+
 
 @dataclass(frozen=True)
 class Taken:
