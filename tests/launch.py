@@ -96,17 +96,14 @@ class Job:
         """Return what the job has written to "stdout" or "stderr" so far."""
         return (self.folder / name).read_text(errors="replace")
 
-    def started(self) -> dict[int, int]:
-        """Return the process ids of the ranks that have started Python."""
+    def ranks(self, *, alive: bool = True) -> dict[int, int]:
+        """Return the process ids of the ranks that have started Python and exist, or are gone."""
         found: dict[int, int] = {}
         for file in self.folder.glob("stacks.*"):
             rank, pid = (int(part) for part in file.name.split(".")[1:])
-            found[rank] = min(pid, found.get(rank, pid))  # a rank's own children come later
+            if (_state(pid) not in "ZX") == alive:
+                found[rank] = min(pid, found.get(rank, pid))  # a rank's own children come later
         return dict(sorted(found.items()))
-
-    def ranks(self) -> dict[int, int]:
-        """Return the process ids of those that still exist."""
-        return {rank: pid for rank, pid in self.started().items() if _state(pid) not in "ZX"}
 
     def wait_for(self, text: str, name: str = "stdout", timeout_s: float = 60.0) -> None:
         """Wait until the job has written `text`; AssertionError where it does not."""

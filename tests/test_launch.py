@@ -111,8 +111,8 @@ def test_a_hang_shows_the_stacks_of_all_ranks(bad):
 
 def test_a_killed_rank_is_reported_with_its_signal(bad):
     text = section(bad, "test_one_rank_is_killed")
-    assert "mpirun ended" in text
-    assert re.search(r"PID \d+ is rank 2 of 3", text) and "signal 9" in text
+    assert re.search(r"mpirun ended, ranks (., )*2(, .)* before others", text)
+    assert "signal 9" in text
 
 
 def test_a_process_left_behind_is_an_error(bad):
