@@ -28,7 +28,6 @@ parser.add_argument("--record", help="a file for what happened in each step (JSO
 options = parser.parse_args()
 
 torch.manual_seed(0)
-torch.set_num_threads(1)
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # 1797 × 1 × 8 × 8

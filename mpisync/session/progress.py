@@ -19,7 +19,7 @@ _FEWEST_GRADIENTS = 5  # before a worker is compared: first ones load, compile a
 _REDRAW_S = 0.2  # of a terminal's line
 _LOOK_S = 1.0  # for slow workers
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0  # between lines where there is no terminal
-_SLOW_FACTOR, _SLOW_EXCESS_S = 1.5, 0.01  # both exceeded: a slow worker, not a jittery one
+_SLOW_FACTOR, _SLOW_EXCESS_S = 2.0, 0.01  # both exceeded: a slow worker, not a jittery one
 _SILENT_FACTOR, _SILENT_STEPS = 3.0, 3
 
 
