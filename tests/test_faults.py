@@ -1,0 +1,191 @@
+"""Ranks that fail, end, hang or die under plain mpirun: the job ends, says why and leaves nothing."""
+
+import os
+import signal
+import time
+
+import pytest
+from launch import launcher, run_script, start_script
+
+LIMIT_S = 30.0  # of a job; ENDS_S is what it may take after the fault
+ENDS_S = 10.0
+
+HEAD = """
+import os, signal, sys, time
+import numpy as np
+from mpi4py import MPI
+from mpisync.policies import BackupWorkers
+from mpisync.session.partial import PartialReduce
+comm = MPI.COMM_WORLD
+rank, root = comm.rank, comm.size - 1
+theta = np.zeros(1000, np.float32)
+def say(*words):
+    print(rank, *words, flush=True)
+def fault(why):
+    say("fault", f"{time.time():.3f}")
+"""
+
+LOOP = """
+with PartialReduce(comm, like=theta, policy=BackupWorkers({backup})) as reduction:
+    if reduction.is_root:
+        for step in reduction.serve({steps}):
+            {at_root}
+            theta += step.mean
+            step.publish(theta)
+    else:
+        count = 0
+        while reduction.pull(theta):
+            {at_worker}
+            count += 1
+            reduction.push(np.ones_like(theta))
+say("done", f"{{time.time():.3f}}", theta[0])
+"""
+
+
+def script(*, before="", at_root="pass", at_worker="pass", backup=0, steps=50):
+    loop = LOOP.format(backup=backup, steps=steps, at_root=at_root, at_worker=at_worker)
+    return HEAD + before + "\n" + loop
+
+
+def check(run, *said, fails=True):
+    """The job ended in time, as it should, said so, and left no process."""
+    ended_s = time.time()
+    text = f"{run.stdout}\n{run.stderr}"
+    assert not run.timed_out, text
+    assert (run.returncode != 0) == fails, f"exit code {run.returncode}\n{text}"
+    assert run.left == (), text
+    for words in said:
+        assert words in run.stderr, f"{words!r} was not said:\n{text}"
+    for line in run.stdout.splitlines():
+        if " fault " in line:
+            assert ended_s - float(line.split()[2]) < ENDS_S + 2.0, "took too long to end"
+    return run
+
+
+def test_an_exception_before_the_reduction_ends_the_job():
+    before = "if rank == 1: fault(0); raise OSError('no such data set')"
+    run = run_script(3, script(before=before), timeout_s=LIMIT_S)
+    check(run, "OSError: no such data set", "Traceback")
+    assert "done" not in run.stdout
+
+
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_an_exception_in_a_workers_loop_ends_the_job_with_its_traceback(transport):
+    at_worker = "if rank == 1 and count == 5: fault(0); raise ZeroDivisionError('by a worker')"
+    env = {"MPISYNC_TRANSPORT": transport}
+    run = check(
+        run_script(4, script(at_worker=at_worker), timeout_s=LIMIT_S, env=env),
+        "ZeroDivisionError: by a worker",
+        "Traceback",
+        "rank 1",
+    )
+    assert run.stderr.count("Traceback") == 1, "the other ranks say one line each"
+    assert "done" not in run.stdout
+
+
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_an_exception_in_the_roots_loop_ends_the_job_with_its_traceback(transport):
+    at_root = "if step.step == 5: fault(0); raise ZeroDivisionError('by the root')"
+    env = {"MPISYNC_TRANSPORT": transport}
+    run = check(
+        run_script(3, script(at_root=at_root), timeout_s=LIMIT_S, env=env),
+        "ZeroDivisionError: by the root",
+        "Traceback",
+    )
+    assert run.stderr.count("Traceback") == 1
+    assert "done" not in run.stdout
+
+
+def test_an_exception_after_the_reduction_ends_the_job():
+    code = script(steps=5) + "if rank == 0: fault(0); raise KeyError('afterwards')\ncomm.Barrier()"
+    check(run_script(3, code, timeout_s=LIMIT_S), "KeyError: 'afterwards'")
+
+
+def test_a_rank_that_exits_before_the_reduction_is_named():
+    before = "if rank == 1: fault(0); sys.exit(0)"
+    run = check(run_script(3, script(before=before), timeout_s=LIMIT_S), "rank 1", "ended while")
+    assert "done" not in run.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("who", [1, 3])
+def test_a_killed_rank_ends_the_job(number, who):
+    if who == 3:
+        place = {"at_root": "if step.step == 9: fault(0); os.kill(os.getpid(), NUMBER)"}
+    else:
+        place = {"at_worker": "if rank == 1 and count == 9: fault(0); os.kill(os.getpid(), NUMBER)"}
+    place = {key: value.replace("NUMBER", str(int(number))) for key, value in place.items()}
+    run = check(run_script(4, script(backup=1, **place), timeout_s=LIMIT_S))
+    assert "done" not in run.stdout
+
+
+def test_a_rank_that_never_comes_is_named_and_the_wait_has_an_end():
+    before = "if rank == 1: fault(0); time.sleep(60)"
+    env = {"MPISYNC_STALL_REPORT_S": "1", "MPISYNC_START_TIMEOUT_S": "3"}
+    run = run_script(3, script(before=before), timeout_s=LIMIT_S, env=env)
+    check(run, "waits for 1 s for rank 1 (pid", "after 3 s not all 3 ranks have come", "missing")
+
+
+def ulfm():
+    """Launcher arguments with which ranks outlive another's death, where there are any."""
+    found, library = launcher()
+    if library.family == "openmpi" and library.version >= (5,):
+        return ["--with-ft", "ulfm"]
+    return None
+
+
+LAUNCHES = [pytest.param([], id="plain"), pytest.param(["--with-ft", "ulfm"], id="ulfm")]
+
+
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+@pytest.mark.parametrize("arguments", LAUNCHES)
+def test_a_stopped_worker_delays_nothing_and_is_killed_at_the_end(arguments, transport):
+    if arguments and ulfm() is None:
+        pytest.skip("this MPI has no ULFM: Open MPI 5 has")
+    at_worker = (
+        "time.sleep(0.01)\n"
+        "            if rank == 1 and count == 9: os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    code = script(backup=1, steps=100, at_worker=at_worker)
+    env = {"MPISYNC_TRANSPORT": transport}
+    began_s = time.time()
+    run = run_script(4, code, timeout_s=45.0, launcher_args=arguments, env=env)
+    check(run, "rank 1 (", "did not come to the end of the training at version 100")
+    done = [line.split() for line in run.stdout.splitlines() if " done " in line]
+    assert sorted(line[0] for line in done) == ["0", "2", "3"], run.stdout
+    assert all(line[3] == "100.0" for line in done), "all of them had the final parameters"
+    trained_s = max(float(line[2]) for line in done if line[0] != "3") - began_s
+    assert trained_s < 15.0
+    assert time.time() - began_s - trained_s < ENDS_S + 2.0
+
+
+def test_a_worker_that_is_stopped_for_a_while_catches_up():
+    at_worker = "time.sleep(0.01); say('count', count)"
+    code = script(backup=1, steps=200, at_worker=at_worker)
+    with start_script(4, code) as job:
+        job.wait_for("1 count 5\n")
+        pid = job.ranks()[1]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+        run = check(job.finish(LIMIT_S), fails=False)
+    assert run.stdout.count("done") == 4
+
+
+def test_the_stall_report_names_whom_a_step_waits_for():
+    at_worker = "time.sleep(3 if rank == 0 and count == 2 else 0)"
+    env = {"MPISYNC_STALL_REPORT_S": "1"}
+    run = run_script(3, script(at_worker=at_worker, steps=5), timeout_s=LIMIT_S, env=env)
+    check(run, "step 2 is open for", "1 of 2 gradients", "rank 0 (", "sleeping", fails=False)
+
+
+def test_a_collective_of_the_users_in_the_loop_is_guessed_at():
+    at_worker = "comm.Barrier() if count == 2 else None"
+    env = {"MPISYNC_STALL_REPORT_S": "1"}
+    with start_script(3, script(at_worker=at_worker, steps=5), env=env) as job:
+        job.wait_for("calls an MPI collective inside the loop", "stderr", LIMIT_S)
+
+
+def test_ending_well_is_silent():
+    run = check(run_script(3, script(), timeout_s=LIMIT_S), fails=False)
+    assert run.stderr == "" and run.stdout.count("done") == 3
