@@ -5,8 +5,20 @@ torch nor numba, and a `--help` works where MPI cannot start.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from mpisync import ending
+
+if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
+    from mpisync.aggregation.steps import PeerFailed as PeerFailed
+    from mpisync.aggregation.verdict import Verdict as Verdict
+    from mpisync.policies import Async as Async
+    from mpisync.policies import BackupWorkers as BackupWorkers
+    from mpisync.policies import Deadline as Deadline
+    from mpisync.policies import Replay as Replay
+    from mpisync.policies import StepRecord as StepRecord
+    from mpisync.session.partial import PartialReduce as PartialReduce
+    from mpisync.session.session import Session as Session
 
 __version__ = "0.1.0"
 

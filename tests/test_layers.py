@@ -108,6 +108,10 @@ def test_every_public_name_has_a_home_and_is_found_there():
     import mpisync
 
     assert mpisync.__all__ == ["__version__", *mpisync._HOMES]
+    tree = ast.parse(MODULES["mpisync"].read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {line.names[0].name: line.module for line in typed.body}
+    assert seen == mpisync._HOMES, "type checkers and users see the same names"
     for name, home in mpisync._HOMES.items():
         assert home in MODULES and name in MODULES[home].read_text()
         assert name in dir(mpisync)
