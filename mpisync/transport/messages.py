@@ -23,7 +23,7 @@ INLINE_BYTES = 16 << 10
 WINDOW = 4  # blocks in flight per worker and direction
 STALLED_S = 0.5  # an asked-for gradient without a new block for so long is not waited for
 GRADIENTS = 2  # whole gradients that the root can hold beside its sum
-_PATIENT_S, _SHORTEST_S, _LONGEST_S = 200e-6, 20e-6, 1e-3
+_PATIENT_S, _SHORTEST_S, _LONGEST_S = 200e-6, 20e-6, 2e-3
 
 
 def inline_bytes(layout: Layout) -> int:
