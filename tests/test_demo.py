@@ -26,6 +26,12 @@ def test_refuses_before_anything_is_started(arguments, rule, capsys, monkeypatch
     assert f"mpisync demo: {rule}" in capsys.readouterr().err
 
 
+def test_says_what_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert main.main(["demo"]) == 1
+    assert "the demo needs torch and sklearn: pip install torch scikit-learn" in capsys.readouterr().err
+
+
 def test_a_script_that_fails_is_an_error_of_the_demo():
     with pytest.raises(RuntimeError, match="the run ended with exit code 3"):
         demo._echoed([sys.executable, "-c", "print('so far'); raise SystemExit(3)"])

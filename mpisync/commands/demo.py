@@ -7,6 +7,7 @@ Both runs are the script mpisync/commands/digits.py, started by `mpisync run`.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -73,6 +74,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    lacking = [name for name in ("torch", "sklearn") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise RuntimeError(
+            f"the demo needs {' and '.join(lacking)}: pip install torch scikit-learn, or use `make demo`"
+        )
     if options.workers < 2:
         raise ValueError(f"the demo needs at least 2 workers, not {options.workers}")
     if options.steps < 1:
