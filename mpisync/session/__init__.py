@@ -1,0 +1,1 @@
+"""The faces: a torch training loop (`Session`) and arrays (`PartialReduce`)."""
