@@ -115,7 +115,9 @@ def test_a_killed_rank_ends_the_job(number, who):
     else:
         place = {"at_worker": "if rank == 1 and count == 9: fault(0); os.kill(os.getpid(), NUMBER)"}
     place = {key: value.replace("NUMBER", str(int(number))) for key, value in place.items()}
-    run = check(run_script(4, script(backup=1, **place), timeout_s=LIMIT_S))
+    slowly = "time.sleep(0.02); " + place.pop("at_worker", "pass")
+    code = script(backup=1, steps=2000, at_worker=slowly, **place)
+    run = check(run_script(4, code, timeout_s=LIMIT_S))
     assert "done" not in run.stdout
 
 
@@ -144,19 +146,23 @@ def test_a_stopped_worker_delays_nothing_and_is_killed_at_the_end(arguments, tra
         pytest.skip("this MPI has no ULFM: Open MPI 5 has")
     at_worker = (
         "time.sleep(0.01)\n"
-        "            if rank == 1 and count == 9: os.kill(os.getpid(), signal.SIGSTOP)"
+        "            if rank == 1 and count == 9:\n"
+        "                say('stops', time.time()); os.kill(os.getpid(), signal.SIGSTOP)"
     )
     code = script(backup=1, steps=100, at_worker=at_worker)
     env = {"MPISYNC_TRANSPORT": transport}
-    began_s = time.time()
-    run = run_script(4, code, timeout_s=45.0, launcher_args=arguments, env=env)
-    check(run, "rank 1 (", "did not come to the end of the training at version 100")
+    run = run_script(4, code, timeout_s=LIMIT_S + 15.0, launcher_args=arguments, env=env)
+    ended_s = time.time() - 2.0  # which the clean-up may take
+    # ULFM's mpirun forgives a killed rank, and the training came to its end
+    said = ("rank 1 (", "did not come to the end of the training at version 100")
+    check(run, *said, fails=not arguments)
     done = [line.split() for line in run.stdout.splitlines() if " done " in line]
     assert sorted(line[0] for line in done) == ["0", "2", "3"], run.stdout
     assert all(line[3] == "100.0" for line in done), "all of them had the final parameters"
-    trained_s = max(float(line[2]) for line in done if line[0] != "3") - began_s
-    assert trained_s < 15.0
-    assert time.time() - began_s - trained_s < ENDS_S + 2.0
+    stopped_s = next(float(ln.split()[2]) for ln in run.stdout.splitlines() if " stops " in ln)
+    trained_s = max(float(line[2]) for line in done if line[0] != "3")  # the root waits its grace
+    assert trained_s - stopped_s < ENDS_S, "a stopped worker must delay nobody"
+    assert ended_s - trained_s < ENDS_S
 
 
 def test_a_worker_that_is_stopped_for_a_while_catches_up():
