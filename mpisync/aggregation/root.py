@@ -31,6 +31,7 @@ from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Say, Status
 
 _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' processes live
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
+_FOLD_AFTER_S = 1e-3  # a small one costs more by being a call of its own than it saves
 _REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
 
 
@@ -502,7 +503,8 @@ class Root:
         wake_s = min(self.policy.wakes_at(self._step), now_s + _LOOK_AFTER_S)
         if self._sum.has_pending:
             # a fuller pass is worth waiting for as long as the pass itself takes
-            fold_s = self._accepted_s + self._layout.size_bytes / _FOLD_BYTES_PER_S
+            pass_s = self._layout.size_bytes / _FOLD_BYTES_PER_S
+            fold_s = self._accepted_s + max(pass_s, _FOLD_AFTER_S)
             if now_s >= fold_s:
                 self._fold_now()
                 return

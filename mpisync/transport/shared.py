@@ -89,12 +89,15 @@ class SharedRootLink(RootLink):
         self._reducer = reducer
         self._news, self._bell = board.news(), board.bell()
         self._heard = 0
+        self._missed = -1  # the ring after which MPI was looked into and showed too few headers
         self._told = True
 
     def headers(self) -> list[Header]:
         """Take in the headers that have arrived."""
         heard = super().headers()
         self._heard = (self._heard + len(heard)) & 0xFFFFFFFF
+        if heard:
+            self._missed = -1
         return heard
 
     def progress(self) -> list[int]:
@@ -170,8 +173,10 @@ class SharedRootLink(RootLink):
         seen = load_acquire(self.board.bells, _BELL)
         if seen == self._heard:
             self._bell.wait(seen, timeout_s)
-        else:
+        elif seen == self._missed:
             time.sleep(_SPIN_S)
+        else:  # MPI may show a header only to the second look after its coming: look before a sleep
+            self._missed = seen
 
     def close(self) -> None:
         """Give back receives and memory."""
