@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "cpu": model,
         "system": platform.platform(),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": round(os.getloadavg()[0], 2),  # of whatever else runs here
     }
 
 
