@@ -62,10 +62,10 @@ def by_session(asked: argparse.Namespace, comm: MPI.Intracomm) -> tuple[list[flo
     """Train by Session; the times between forwards on this worker, and the copies of both."""
     model = model_of(asked)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    batch = [torch.randn(asked.batch, asked.width)]
+    batches = [torch.randn(asked.batch, asked.width) for _ in range(16)]
     began_s, copies = [], {}
     with Session(comm, model, optimizer, policy=BackupWorkers(0)) as session:
-        for x in session.batches(batch, steps=asked.skip + asked.steps + 1):
+        for x in session.batches(batches, steps=asked.skip + asked.steps + 1):
             began_s.append(time.perf_counter())
             loss = model(x).square().mean()
             loss.backward()
