@@ -43,11 +43,13 @@ model = nn.Sequential(
     nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
 )  # fmt: skip
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=options.steps)
 
 with mpisync.Session(
     MPI.COMM_WORLD,
     model,
     optimizer,
+    scheduler=decay,
     policy=mpisync.BackupWorkers(1 if MPI.COMM_WORLD.size > 2 else 0),
     record=options.record,
 ) as session:
