@@ -69,7 +69,8 @@ def _at_exit() -> None:
     hung = {sibling.rank for sibling in siblings.find() if sibling.pid in _hung}
     while any(s.mark != siblings.ENDED and s.rank not in hung for s in _firsts()):
         time.sleep(0.1)
-    for pid in {sibling.pid for sibling in siblings.find()} & _hung.keys():
+    late = [s.pid for s in siblings.find() if s.pid in _hung and s.mark != siblings.ENDED]
+    for pid in late:
         name, kill = _hung[pid]
         print(
             f"mpisync: killing {name}: it did not come to the end, and MPI would wait for it",
@@ -77,6 +78,10 @@ def _at_exit() -> None:
             flush=True,
         )
         kill()
+    MPI = _running_mpi()
+    if late and MPI is not None:
+        # everyone on the node is at the end; under ULFM the launcher forgives the kill, and MPI_Finalize may hang on it
+        MPI.COMM_WORLD.Abort(1)
 
 
 def _firsts() -> list[siblings.Sibling]:

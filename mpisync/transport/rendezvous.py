@@ -37,7 +37,6 @@ class Claim:
 
     content: str  # compared with the root's by `differ`
     problem: str = ""
-    note: str = ""  # from the root to all: settings that hold for everyone
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Meeting:
     root: int
     incarnation: int
     peers: list[Peer]
-    note: str
+    transport: str  # the root's setting, which holds for all
 
     @property
     def is_root(self) -> bool:
@@ -77,7 +76,7 @@ def meet(
         "peer": vars(Peer.here(private.rank)),
         "problem": claim.problem,
         "content": claim.content,
-        "note": claim.note if private.rank == root else "",
+        "transport": settings.read("MPISYNC_TRANSPORT"),
         "incarnation": secrets.randbits(63) if private.rank == root else 0,
     }
     said = [json.loads(text) for text in exchange(private, json.dumps(mine), "its settings")]
@@ -94,7 +93,7 @@ def meet(
     if problems:
         raise ValueError("; ".join(problems))
     peers = [Peer.from_json(s["peer"]) for s in said]
-    return Meeting(private, root, said[root]["incarnation"], peers, said[root]["note"])
+    return Meeting(private, root, said[root]["incarnation"], peers, said[root]["transport"])
 
 
 def check_launcher(comm: MPI.Intracomm) -> None:
@@ -209,7 +208,7 @@ def share(meeting: Meeting, layout: Layout, published: Layout, buffers: int) -> 
     A node is whoever manages to map its memory. Where another process's descriptors cannot be
     opened, a file is tried.
     """
-    if settings.read("MPISYNC_TRANSPORT") == "messages":
+    if meeting.transport == "messages":
         return Memories(None, {})
     here = meeting.peers[meeting.root].boot
     near = sum(meeting.peers[worker].boot == here for worker in meeting.workers)
