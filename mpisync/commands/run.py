@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", default="", metavar="FILE", help="a file of hosts, likewise")
     parser.add_argument(
         "--ulfm", action="store_true",
-        help="survive the death of workers (Open MPI 5: --with-ft ulfm)",
+        help="start with ULFM, so that a dead rank does not end the job (Open MPI 5: --with-ft ulfm)",
     )
     parser.add_argument(
         "--launcher-args", default="", metavar="TEXT",
