@@ -17,8 +17,6 @@ import argparse
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -60,14 +58,6 @@ class Delay:
         time.sleep(self._sleep_s * self._chance.uniform(0.98, 1.02))
 
 
-def stopped(pid: int, seconds: float) -> subprocess.Popen[bytes]:
-    """Stop a process now, and have a helper continue it later, whatever becomes of this one."""
-    code = "import os, signal, sys, time; time.sleep(float(sys.argv[2])); "
-    code += "os.kill(int(sys.argv[1]), signal.SIGCONT)"
-    os.kill(pid, signal.SIGSTOP)
-    return subprocess.Popen([sys.executable, "-c", code, str(pid), str(seconds)])
-
-
 def ours(asked: argparse.Namespace, comm: MPI.Intracomm, backup: int, *, straggler: bool) -> list[float]:
     """Train with backup workers; on the root the time of every step in seconds."""
     last = comm.size - 2
@@ -75,12 +65,13 @@ def ours(asked: argparse.Namespace, comm: MPI.Intracomm, backup: int, *, straggl
     like = np.zeros(asked.elements, np.float32)
     policy = BackupWorkers(backup)
     published_s: list[float] = []
-    helper = None
     with PartialReduce(comm, like=like, policy=policy) as reduction:
         if reduction.is_root:
             for step in reduction.serve(asked.steps + asked.skip):
-                if step.step == asked.skip and straggler and asked.stop:
-                    helper = stopped(pid, 2 + 2e-3 * asked.compute * asked.steps)
+                if straggler and asked.stop and step.step == asked.skip:
+                    os.kill(pid, signal.SIGSTOP)
+                if straggler and asked.stop and step.step == asked.skip + asked.steps - 1:
+                    os.kill(pid, signal.SIGCONT)  # or the end would wait for it
                 reduction.parameters -= 0.125 * step.mean
                 published_s.append(step.publish(reduction.parameters).published_s)
         else:
@@ -89,8 +80,6 @@ def ours(asked: argparse.Namespace, comm: MPI.Intracomm, backup: int, *, straggl
             while reduction.pull(reduction.parameters):
                 delay.sleep()
                 reduction.push()
-    if helper is not None:
-        helper.wait()
     return [float(x) for x in np.diff(published_s)[asked.skip :]]
 
 
@@ -103,19 +92,14 @@ def ddp(asked: argparse.Namespace, team: MPI.Intracomm, *, straggler: bool) -> l
     optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
     batch = torch.ones(1, 500)
     delay = Delay(asked, team.rank, straggles=straggler and team.rank == team.size - 1)
-    pid = team.bcast(os.getpid(), root=team.size - 1)
-    ended_s, helper = [], None
-    for step in range(asked.skip + asked.steps):
-        if step == asked.skip and straggler and asked.stop and team.rank == 0:
-            helper = stopped(pid, 2 + 2e-3 * asked.compute * asked.steps)
+    ended_s = []
+    for _ in range(asked.skip + asked.steps):
         optimizer.zero_grad()
         loss = model(batch).mean()
         delay.sleep()
         loss.backward()
         optimizer.step()
         ended_s.append(time.perf_counter())
-    if helper is not None:
-        helper.wait()
     return [float(x) for x in np.diff(ended_s)[asked.skip :]]
 
 
