@@ -104,6 +104,8 @@ class Parent(Common):
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self.run(item):
             item.ihook.pytest_runtest_logreport(report=report)
+        # a serial test before it left this module set up, for this item to tear down
+        item.session._setupstate.teardown_exact(nextitem)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
