@@ -71,6 +71,8 @@ class Root:
             Member(worker, peers[worker], link) for link in links for worker in link.workers
         ]
         self.members.sort(key=lambda member: member.worker)
+        for member in self.members:
+            member.since_s = clock()
         policy.check(len(self.members))
         self.ledger = Ledger(layout.size_bytes)
         in_pieces = any(link.in_pieces for link in links)

@@ -102,7 +102,7 @@ class PartialReduce:
                 "rank: start the script with `mpisync run -n 3 ...` or mpirun"
             )
         policy = chosen_policy(policy)
-        self._shape, self._dtype = like.shape, dtype_of(like)
+        self._shape, self._dtype, self._like_dtype = like.shape, dtype_of(like), like.dtype
         problem = problem_of(lambda: policy.check(comm.size - 1))
         if parameters is not None:
             problem = problem or problem_of(lambda: self._check(parameters, "the parameters"))
@@ -181,12 +181,16 @@ class PartialReduce:
         self._check(source, "the gradient")
         stored = self._dtype.stored(np.ascontiguousarray(source)).reshape(-1)
         target = self._dtype.stored(self.gradient).reshape(-1)
-        finite = self._place.reducer.pack(stored, target, self._dtype)
+        reducer = self._place.reducer
+        if stored.ctypes.data == target.ctypes.data:  # it is in its slot already
+            finite = reducer.finite(target, self._dtype)
+        else:
+            finite = reducer.pack(stored, target, self._dtype)
         worker.handed += samples
         return worker.push(finite=finite, samples=samples, loss=loss)
 
     def _check(self, array: np.ndarray, what: str) -> None:
-        if array.shape != self._shape or dtype_of(array) is not self._dtype:
+        if array.shape != self._shape or array.dtype != self._like_dtype:
             raise ValueError(
                 f"{what} must be {list(self._shape)} {self._dtype.name} as `like` is, but this is "
                 f"{list(array.shape)} {array.dtype}"
