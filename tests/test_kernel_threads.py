@@ -65,7 +65,7 @@ def test_a_forgotten_reducer_takes_its_threads_along(threaded):
 
 def test_small_arrays_wake_no_thread():
     with Reducer(2) as reducer:
-        gradient = np.ones(256, np.float32)
+        gradient = np.ones(2 * FOLD_CHUNK, np.float32)  # two chunks
         reducer.fold(np.empty_like(gradient), [gradient], DTYPES["float32"], start=True)
         assert helpers() == []
 
@@ -105,8 +105,11 @@ def test_a_thread_that_gets_no_core_is_not_waited_for():
 
     pool = Pool(2)
     state = np.zeros(3, np.int64)
-    pool.run(kernel, state, (), chunks=2)  # would not return
-    assert state[DONE] == 2
+    deadline = threading.Timer(20, free.set)
+    deadline.start()
+    pool.run(kernel, state, (), chunks=2)
+    assert state[DONE] == 2 and not free.is_set()
+    deadline.cancel()
     free.set()
     pool.close()
 
@@ -193,8 +196,8 @@ def test_a_temporary_directory_that_others_may_write_to_is_not_trusted(tmp_path)
 
 
 def test_numbas_own_variable_goes_first(tmp_path):
-    where, _ = directory_in({"NUMBA_CACHE_DIR": str(tmp_path), "HOME": NOWHERE})
-    assert where.startswith(f"{tmp_path}/mpisync/")
+    where, _ = directory_in({"NUMBA_CACHE_DIR": str(tmp_path / "asked"), "HOME": str(tmp_path)})
+    assert where.startswith(f"{tmp_path}/asked/mpisync/")
 
 
 def test_torn_files_in_the_cache_are_compiled_anew(tmp_path):

@@ -37,6 +37,7 @@ class Pool:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._helpers: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _stop, self._jobs, self._helpers)
+        self._finalizer.atexit = False  # at the interpreter's exit daemon threads need no farewell
 
     def run(self, kernel: Callable[..., None], state: State, arguments: tuple[Any, ...], chunks: int) -> None:
         """Call kernel(state, *arguments) until all chunks are done."""
@@ -59,8 +60,7 @@ class Pool:
     def _start(self, wanted: int) -> int:
         """Have helpers running in this process, and return how many of those wanted there are."""
         if self._process != os.getpid():  # forked: the threads stayed behind
-            self._finalizer.detach()
-            self._renew()
+            self.close()
         try:
             while len(self._helpers) < wanted:
                 name = f"mpisync-kernels-{len(self._helpers) + 1}"
@@ -75,6 +75,7 @@ class Pool:
         """End the threads; they start again when there is work again."""
         if self._process == os.getpid():
             self._finalizer()
+        self._finalizer.detach()
         self._renew()
 
 
@@ -85,7 +86,6 @@ def _help(jobs: "SimpleQueue[_Job | None]") -> None:
             job.returned.put(None)
         except BaseException as error:  # whoever waits for the chunk raises it
             job.returned.put(error)
-        del job  # or its arrays live until the next one
 
 
 def _stop(jobs: "SimpleQueue[_Job | None]", helpers: list[threading.Thread]) -> None:
