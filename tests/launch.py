@@ -171,6 +171,8 @@ class Job:
 
     def end(self) -> tuple[str, ...]:
         """End what still runs; return what had outlived the launcher by two seconds."""
+        # Ranks that are killed, by us or by MPICH's launcher, leave their shared memory behind.
+        shared = {file for pid in self.pids() for file in _shared_files(pid)}
         if self.process.poll() is None:
             self.process.terminate()  # the launcher clears its own files when asked politely
             try:
@@ -181,7 +183,6 @@ class Job:
         while (left := self.pids()) and time.monotonic() < end_s:
             time.sleep(0.05)
         described = tuple(f"{pid} {_state(pid)} {_words(pid)}" for pid in left)
-        shared = {file for pid in left for file in _shared_files(pid)}
         while left:
             for pid in left:
                 _signal(pid, signal.SIGKILL)
