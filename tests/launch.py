@@ -72,6 +72,7 @@ class Job:
         """Start `command`; `folder` is the job's own and is removed by `close`."""
         self.folder = folder
         self.started_s = time.monotonic()
+        self.started_unix_s = time.time()
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
             self.process = subprocess.Popen(
                 command,
@@ -171,8 +172,6 @@ class Job:
 
     def end(self) -> tuple[str, ...]:
         """End what still runs; return what had outlived the launcher by two seconds."""
-        # Ranks that are killed, by us or by MPICH's launcher, leave their shared memory behind.
-        shared = {file for pid in self.pids() for file in _shared_files(pid)}
         if self.process.poll() is None:
             self.process.terminate()  # the launcher clears its own files when asked politely
             try:
@@ -189,8 +188,7 @@ class Job:
             time.sleep(0.02)
             left = self.pids()
         self.process.wait()
-        for file in shared:
-            Path(file).unlink(missing_ok=True)
+        _remove_orphans(self.started_unix_s)
         return described
 
     def close(self) -> None:
@@ -252,12 +250,30 @@ def _words(pid: int) -> str:
         return "?"
 
 
-def _shared_files(pid: int) -> list[str]:
-    """Return the files under /dev/shm that a process has mapped: killed, it cannot remove them."""
+def _changed_s(file: Path) -> float:
+    """Return when a file was last written; 0 where it is gone."""
     try:
-        return re.findall(r"(/dev/shm/\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M)
+        return file.stat().st_mtime
     except OSError:
-        return []
+        return 0.0
+
+
+def _remove_orphans(since_unix_s: float) -> None:
+    """Remove the MPIs' shared memory, made since then, of which killed ranks were the last users."""
+    old_s = time.time() - 1.0  # younger ones may be about to be mapped
+    orphans = {
+        str(file)
+        for pattern in ("mpich_shm_*", "sm_segment.*")
+        for file in Path("/dev/shm").glob(pattern)
+        if since_unix_s <= _changed_s(file) <= old_s
+    }
+    for maps in Path("/proc").glob("[0-9]*/maps") if orphans else ():
+        try:
+            orphans.difference_update(re.findall(r"/dev/shm/\S+", maps.read_text()))
+        except OSError:
+            pass  # gone
+    for file in orphans:
+        Path(file).unlink(missing_ok=True)
 
 
 def _signal(pid: int, number: int) -> None:
