@@ -189,7 +189,7 @@ class Group:
         """Wait for one test on all ranks and return its reports, one a phase."""
         while len(self.done[item.nodeid]) < self.nprocs:
             ended = self.job.process.poll() is not None
-            # Open MPI's launcher says which rank died first; MPICH's blames any.
+            # A hint only: MPICH's launcher ends the others within moments of the first.
             self.gone = self.gone or list(self.job.ranks(alive=False))
             self.read()
             if len(self.done[item.nodeid]) == self.nprocs:
@@ -197,7 +197,7 @@ class Group:
             now_s = time.monotonic()
             since_s = now_s - self.started_s.get(item.nodeid, now_s)
             if ended:
-                why = f"mpirun ended, ranks {_ranks(self.gone)} before others"
+                why = f"mpirun ended; first seen gone: ranks {_ranks(self.gone)}"
                 raise Broken(self.explain(item, why, stacks=False))
             if since_s > limit_of(item):
                 raise Broken(self.explain(item, f"timed out after {limit_of(item):g} s"))

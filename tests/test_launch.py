@@ -111,8 +111,10 @@ def test_a_hang_shows_the_stacks_of_all_ranks(bad):
 
 def test_a_killed_rank_is_reported_with_its_signal(bad):
     text = section(bad, "test_one_rank_is_killed")
-    assert re.search(r"mpirun ended, ranks (., )*2(, .)* before others", text)
+    assert re.search(r"mpirun ended; first seen gone: ranks \d(, \d)*;", text)
     assert "signal 9" in text
+    if launcher()[0].family == "openmpi":  # MPICH's launcher may blame a rank that it has ended itself
+        assert re.search(r"rank\s+2\b.*exited\s+on\s+signal\s+9", text, re.S)
 
 
 def test_a_process_left_behind_is_an_error(bad):
