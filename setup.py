@@ -41,7 +41,8 @@ setup(
         "torch": ["torch>=2.4"],
         "cuda12": ["cupy-cuda12x>=13"],
         "cuda13": ["cupy-cuda13x>=13.6"],
-        "report": ["rich>=13"],
+        # The progress line; plans and reports with their plots.
+        "report": ["matplotlib>=3.8", "rich>=13", "scipy>=1.11"],
         "test": [
             "build",
             "hypothesis",
