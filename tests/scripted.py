@@ -166,7 +166,7 @@ class ScriptedLink(RootLink):
 
     busy = False
 
-    def wait(self, timeout_s):
+    def wait(self, timeout_s, headers=1):
         self.world.sleep(timeout_s)
 
     def close(self):

@@ -249,6 +249,24 @@ def test_a_step_without_gradients_does_not_close(policy):
 
 
 @every_policy
+def test_no_step_closes_with_less_than_it_lacks(policy):
+    step = opened(WORKERS, step=0)
+    lacks = policy.lacks(step)
+    assert lacks >= 1
+    for worker in range(lacks - 1):
+        step.accepted.append(Arrival(worker, 0, 0, 0.0))
+        assert not policy.closes(step, now_s=10.0**9)
+        assert policy.lacks(step) == lacks - 1 - worker
+
+
+def test_a_step_lacks_what_its_dead_can_still_not_give():
+    step = opened(4, step=0, accepted=[(0, 0, 0, 0.1)])
+    assert BackupWorkers(1).lacks(step) == 2
+    step.alive = {0, 1}
+    assert BackupWorkers(1).lacks(step) == 1
+
+
+@every_policy
 def test_policies_are_values(policy):
     with pytest.raises(FrozenInstanceError):
         policy.backup = 3

@@ -242,6 +242,49 @@ def test_stale_says_that_a_version_is_superseded(comm, transport):
     assert_nothing_left(comm)
 
 
+@pytest.mark.parallel(4)
+@pytest.mark.parametrize("why", ["late", "NaN"])
+def test_who_cannot_count_has_its_verdict_at_once(comm, transport, why):
+    """Though the root lets the three gradients that a small step lacks come before it looks."""
+    theta = np.zeros(20, np.float32)
+    step_s, late_s = 0.6, 0.65
+    with PartialReduce(comm, like=theta, policy=BackupWorkers(1 if why == "late" else 0)) as reduction:
+        if reduction.is_root:
+            lead_any(reduction, theta, 3)
+        elif comm.rank > 0:
+            while reduction.pull(theta):
+                time.sleep(step_s)
+                reduction.push(theta)
+        else:
+            assert reduction.pull(theta)
+            if why == "late":
+                time.sleep(late_s)
+            verdict = reduction.push(theta if why == "late" else np.full_like(theta, np.nan))
+            assert not verdict.accepted and verdict.waited_s < 0.1, verdict
+            while reduction.pull(theta):
+                reduction.push(theta)
+    assert_nothing_left(comm)
+
+
+@pytest.mark.parallel(3)
+def test_the_end_of_the_loops_is_the_end_for_everyone(comm, transport):
+    theta = np.zeros(20, np.float32)
+    reduction = PartialReduce(comm, like=theta, policy=BackupWorkers(0))
+    if reduction.is_root:
+        lead(reduction, theta, 3)
+        with pytest.raises(RuntimeError, match="push is a worker's"):
+            reduction.push(theta)
+    else:
+        work(reduction, theta)
+        assert not reduction.pull(theta) and (theta == 3).all()
+        with pytest.raises(RuntimeError, match="push comes too late"):
+            reduction.push(theta)
+    comm.Barrier()  # behind the loops and before free(): the root waits for nobody by now
+    reduction.free()
+    assert (reduction.parameters == 3).all()
+    assert_nothing_left(comm)
+
+
 # -- sessions --------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Say, Status
 
 _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' processes live
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
+_SMALL_BYTES = 256 << 10  # to wake up for one costs more than to fold it
 _FOLD_AFTER_S = 1e-3  # a small one costs more by being a call of its own than it saves
 _REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
 
@@ -155,6 +156,8 @@ class Root:
 
     def _hear(self) -> None:
         heard = self._backlog = deque(self.heard())  # what an exception leaves is heard later
+        if not heard:
+            return
         times = Counter(at_s for at_s, *_ in heard)
         while heard and not self._is_closing:
             at_s, _, header = heard.popleft()
@@ -515,15 +518,17 @@ class Root:
             self._look_after_s = now_s + _LOOK_AFTER_S
             self.look_for_lost()
             self._stalls.look(now_s, self._step, self.members, self.policy.target(self._step))
-        self.wait(wake_s - now_s)
+        # of large gradients each is worth a look, for what is folded early delays no step's end
+        is_small = self._layout.size_bytes <= _SMALL_BYTES
+        self.wait(wake_s - now_s, self.policy.lacks(self._step) if is_small else 1)
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float, headers: int = 1) -> None:
         """Sleep until something may have come.
 
         Only memory can wake a sleeper: with messages too, theirs, the last link, is the one that
         sleeps, and never long.
         """
-        self.links[-1].wait(max(0.0, timeout_s))
+        self.links[-1].wait(max(0.0, timeout_s), headers)
 
     def look_for_lost(self) -> None:
         """A worker whose process has ended without a word is late for ever.

@@ -75,6 +75,10 @@ class BackupWorkers(Policy):
         """Close at the N-th."""
         return 0 < len(step.accepted) >= self.target(step)
 
+    def lacks(self, step: OpenStep) -> int:
+        """N less what is in."""
+        return max(1, self.target(step) - len(step.accepted))
+
     def __str__(self) -> str:
         """Return for example `backup:1`."""
         return f"backup:{self.backup}"

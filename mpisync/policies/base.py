@@ -153,6 +153,13 @@ class Policy(abc.ABC):
     def closes(self, step: OpenStep, now_s: float) -> bool:
         """Say whether the step closes now."""
 
+    def lacks(self, step: OpenStep) -> int:
+        """At least how many more gradients the step needs to close; 1 where time may close it.
+
+        Whoever owns the step may let so many arrive before it looks at them.
+        """
+        return 1
+
     def wakes_at(self, step: OpenStep) -> float:
         """When to ask `closes` again though nothing arrives; infinity if time plays no part."""
         return math.inf

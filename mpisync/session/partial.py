@@ -123,6 +123,7 @@ class PartialReduce:
             self._flat = layout.arrays(link.parameters)[0].view(like.dtype)
             gradient = layout.arrays(link.gradient)[0].view(like.dtype)
             self.gradient: np.ndarray = gradient.reshape(self._shape)
+            self._slot = self._dtype.stored(gradient)
         self.parameters: np.ndarray = self._flat.reshape(self._shape)
         self._freed = False
 
@@ -150,17 +151,22 @@ class PartialReduce:
         """Wait for the newest version and copy it into `parameters`.
 
         Returns:
-            False when the training has ended; `parameters` then holds the final version.
+            False when the training has ended; `parameters` then holds the final version, and this
+            worker has said goodbye.
         """
         worker = self._as_worker("pull")
-        running = worker.pull() is not None
-        if not running:
-            worker.finish()
-        if parameters.ctypes.data != self._flat.ctypes.data:
+        in_place = parameters is self.parameters
+        if not in_place:
             self._check(parameters, "the parameters")
             if not parameters.flags.c_contiguous:
                 raise ValueError("the parameters must be a contiguous array to be pulled into")
+        running = not self._freed and worker.pull() is not None
+        if not running:
+            self._leave(None)
+        if not in_place and running:
             worker.read(parameters.reshape(-1).view(np.uint8))
+        elif not in_place:
+            np.copyto(parameters, self.parameters)
         return running
 
     def push(
@@ -177,15 +183,15 @@ class PartialReduce:
             Whether it was accepted, and if not, why; a gradient with NaN or Inf is rejected.
         """
         worker = self._as_worker("push")
-        source = self.gradient if gradient is None else gradient
-        self._check(source, "the gradient")
-        stored = self._dtype.stored(np.ascontiguousarray(source)).reshape(-1)
-        target = self._dtype.stored(self.gradient).reshape(-1)
+        if self._freed:
+            raise RuntimeError("push comes too late: the training has ended, as pull said with False")
         reducer = self._place.reducer
-        if stored.ctypes.data == target.ctypes.data:  # it is in its slot already
-            finite = reducer.finite(target, self._dtype)
+        if gradient is None or gradient is self.gradient:  # it is in its slot already
+            finite = reducer.finite(self._slot, self._dtype)
         else:
-            finite = reducer.pack(stored, target, self._dtype)
+            self._check(gradient, "the gradient")
+            stored = self._dtype.stored(np.ascontiguousarray(gradient)).reshape(-1)
+            finite = reducer.pack(stored, self._slot, self._dtype)
         worker.handed += samples
         return worker.push(finite=finite, samples=samples, loss=loss)
 
@@ -228,7 +234,7 @@ class PartialReduce:
         elif error is None:
             self._worker.finish()
             self._worker.read(final.reshape(-1).view(np.uint8))
-        self.parameters = self._flat = self.gradient = final  # let go of shared memory
+        self.parameters = self._flat = self.gradient = self._slot = final  # let go of shared memory
         if self._root is not None:
             leave_root(self._root, error)
         elif self._worker is not None:

@@ -12,6 +12,7 @@ the parameters travel. Who may write what:
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -59,8 +60,12 @@ class RootLink(abc.ABC):
         Raises:
             RuntimeError: A header does not fit this run.
         """
+        return self._take_in(math.inf)
+
+    def _take_in(self, most: float) -> list[Header]:
+        """Take in headers until there are none, or so many that no further one is expected."""
         heard: list[Header] = []
-        while self._open and (ready := MPI.Request.Testsome(self._receives)):
+        while len(heard) < most and self._open and (ready := MPI.Request.Testsome(self._receives)):
             for index in ready:
                 worker = self.workers[index]
                 header = Header.unpack(self._buffers[index])
@@ -143,8 +148,14 @@ class RootLink(abc.ABC):
         """Whether something is on its way that only moves inside MPI calls."""
 
     @abc.abstractmethod
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until a header may have come, at most `timeout_s`."""
+    def wait(self, timeout_s: float, headers: int = 1) -> None:
+        """Sleep until a header may have come, at most `timeout_s`.
+
+        Args:
+            timeout_s: The longest sleep.
+            headers: How many gradients are worth waking for. What cannot wait for others, any other header
+                or a gradient that is late or not finite, wakes all the same.
+        """
 
     def close(self) -> None:
         """Withdraw the receives of workers that never said goodbye."""

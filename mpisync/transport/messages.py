@@ -296,7 +296,7 @@ class MessageRootLink(RootLink):
             o.sends or o.snapshot for o in self._outgoing.values()
         )
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float, headers: int = 1) -> None:
         """Sleep a little, longer while nothing comes."""
         self._idle_s = doze(self._idle_s, timeout_s, self.busy)
 

@@ -7,10 +7,16 @@ board that one side polls are written with release and read with acquire; the pa
     NEWEST        root: `publish`              worker: `newest`
     STATE         root: `end`                  worker: `end`
     answered      root: `reply`                worker: `reply`
-    BELL          worker: `send` (an atomic add, then a futex wake)     root: `wait`
+    BELL          worker: `send`, an atomic add for every header        root: `headers`, `wait`
+    WAKE_AT       root: `wait`, the ring to be woken at                 worker: `send`
+    WAKE          worker: `send` (an atomic add, then a futex wake)     root: `wait`
     NEWS          root: every write above      worker: `wait`
 
 and the slot is handed over by the header itself.
+
+The root sleeps on WAKE, and no header waits for it in vain: a worker rings, then looks at WAKE_AT and whether it is
+late; the root writes WAKE_AT or publishes, then looks at BELL; a fence lies between on both sides, so one of them
+sees the other.
 """
 
 from __future__ import annotations
@@ -26,15 +32,16 @@ from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.layout import Block, Layout, aligned
 from mpisync.transport.memory import Futex, SharedMemory
-from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Reply, Tag
+from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Tag
 
 _PAGE = 4096
 _NEWEST, _STATE, _FINAL, _SEQUENCES = 0, 8, 16, 24  # int64 words, on cache lines of their own
-_BELL, _NEWS = 512, 528  # uint32 words
+_BELL, _NEWS, _WAKE, _WAKE_AT = 512, 528, 544, 560  # uint32 words, likewise
 _FAILURE, _FAILURE_BYTES = 3072, 1024
 _LINE_BYTES = 64 + aligned(REPLY_BYTES)
 _RUNNING, _ENDED = 0, 1
-_SPIN_S = 20e-6
+_MASK = 0xFFFFFFFF
+_SPIN_S, _PATIENT_S = 20e-6, 1e-3
 
 
 class Board:
@@ -63,9 +70,9 @@ class Board:
         """What workers sleep on."""
         return Futex(self.bells, _NEWS)
 
-    def bell(self) -> Futex:
+    def wake(self) -> Futex:
         """What the root sleeps on."""
-        return Futex(self.bells, _BELL)
+        return Futex(self.bells, _WAKE)
 
 
 class SharedRootLink(RootLink):
@@ -87,15 +94,25 @@ class SharedRootLink(RootLink):
         self.board = board
         self._slots = slots
         self._reducer = reducer
-        self._news, self._bell = board.news(), board.bell()
+        self._news, self._wake = board.news(), board.wake()
         self._heard = 0
+        self._woken = 0  # WAKE when it was last read
+        self._is_due = True  # to hear all that have rung, however few
         self._missed = -1  # the ring after which MPI was looked into and showed too few headers
         self._told = True
 
+    def _rung(self) -> int:
+        """How many have rung whose header was not heard; below 0 if MPI was faster than the bell."""
+        rung = (load_acquire(self.board.bells, _BELL) - self._heard) & _MASK
+        return rung - (_MASK + 1) if rung > _MASK >> 1 else rung
+
     def headers(self) -> list[Header]:
-        """Take in the headers that have arrived."""
-        heard = super().headers()
-        self._heard = (self._heard + len(heard)) & 0xFFFFFFFF
+        """Take in the headers that have arrived; without a ring there is none to look for."""
+        rung = self._rung()
+        if rung <= 0:
+            return []
+        heard = self._take_in(rung)
+        self._heard = (self._heard + len(heard)) & _MASK
         if heard:
             self._missed = -1
         return heard
@@ -144,6 +161,7 @@ class SharedRootLink(RootLink):
         store_release(self.board.words, _SEQUENCES + index, 2 * version)
         store_release(self.board.words, _NEWEST, version)
         self._told = False
+        self._is_due = True  # who rang before may be late now, and could not know
 
     def serve(self, worker: int) -> None:
         """The board is open to all."""
@@ -166,17 +184,23 @@ class SharedRootLink(RootLink):
     @property
     def busy(self) -> bool:
         """Whether a worker rang whose header MPI has not shown yet."""
-        return load_acquire(self.board.bells, _BELL) != self._heard
+        return self._rung() > 0
 
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until a worker rings."""
-        seen = load_acquire(self.board.bells, _BELL)
-        if seen == self._heard:
-            self._bell.wait(seen, timeout_s)
-        elif seen == self._missed:
+    def wait(self, timeout_s: float, headers: int = 1) -> None:
+        """Sleep until so many workers have rung, or one that cannot wait."""
+        woken = load_acquire(self.board.bells, _WAKE)
+        store_release(self.board.bells, _WAKE_AT, (self._heard + headers) & _MASK)
+        fence()  # pairs with the worker's in `send`
+        rung = self._rung()
+        self._is_due = rung > 0 and (self._is_due or woken != self._woken)
+        self._woken = woken
+        ring = (self._heard + rung) & _MASK
+        if rung < headers and not self._is_due:
+            self._wake.wait(woken, timeout_s)
+        elif ring == self._missed:
             time.sleep(_SPIN_S)
         else:  # MPI may show a header only to the second look after its coming: look before a sleep
-            self._missed = seen
+            self._missed = ring
 
     def close(self) -> None:
         """Give back receives and memory."""
@@ -203,20 +227,31 @@ class SharedWorkerLink(WorkerLink):
         self.parameters = board.parameters[0]
         self._comm, self._root, self._worker = comm, root, comm.rank
         self._board, self._slot = board, slot
-        self._news, self._bell = board.news(), board.bell()
+        self._news, self._wake = board.news(), board.wake()
         self._seen = 0
-        self._sends: list[tuple[MPI.Request, bytearray]] = []
+        self._unfinished: list[tuple[MPI.Prequest, bytearray]] = []
+        self._prepare()
         # with a core to spare a short look costs less than the sleep and wake that it saves
         self._spin_s = _SPIN_S if len(os.sched_getaffinity(0)) > comm.size else 0.0
 
+    def _prepare(self) -> None:
+        self._header = bytearray(HEADER_BYTES)
+        self._send = self._comm.Send_init([self._header, MPI.BYTE], self._root, Tag.HEADER)
+
     def send(self, header: Header) -> None:
         """Post the header, then ring."""
-        buffer = bytearray(HEADER_BYTES)
-        header.pack_into(buffer)
-        request = self._comm.Isend([buffer, MPI.BYTE], dest=self._root, tag=Tag.HEADER)
-        self._sends.append((request, buffer))
-        fetch_add(self._board.bells, _BELL, 1)
-        self._bell.wake()
+        if not self._send.Test():  # its buffer is MPI's still: this one takes another
+            self._unfinished.append((self._send, self._header))
+            self._prepare()
+        header.pack_into(self._header)
+        self._send.Start()
+        bells = self._board.bells
+        ring = fetch_add(bells, _BELL, 1) + 1
+        fence()  # pairs with the root's in `wait`
+        is_due = (ring - load_acquire(bells, _WAKE_AT)) & _MASK <= _MASK >> 1
+        if is_due or header.kind != Kind.GRADIENT or header.flags or self.is_behind(header.version):
+            fetch_add(bells, _WAKE, 1)
+            self._wake.wake()
 
     def reply(self, ordinal: int) -> Reply | None:
         """Read this worker's line."""
@@ -256,7 +291,8 @@ class SharedWorkerLink(WorkerLink):
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until the root has written something since the last look."""
-        self._sends = [send for send in self._sends if not send[0].Test()]
+        if not self._send.Test():  # it moves only inside MPI calls
+            timeout_s = min(timeout_s, _PATIENT_S)
         give_up = time.monotonic() + self._spin_s
         while load_acquire(self._board.bells, _NEWS) == self._seen:
             if time.monotonic() >= give_up:
@@ -266,8 +302,9 @@ class SharedWorkerLink(WorkerLink):
 
     def close(self) -> None:
         """Complete the sends and unmap."""
-        MPI.Request.Waitall([request for request, _ in self._sends])
-        self._sends.clear()
+        for send, _ in [*self._unfinished, (self._send, self._header)]:
+            send.Wait()
+            send.Free()
         self.gradient = self.parameters = np.empty(0, np.uint8)
         self._slot.close()
         self._board.memory.close()

@@ -128,8 +128,10 @@ class Reply(NamedTuple):
 
 def clip_text(text: str, limit: int) -> bytes:
     """Encode `text` in at most `limit` bytes without cutting a character in two."""
+    if not text:  # as nearly always
+        return b""
     return text.encode()[:limit].decode(errors="ignore").encode()
 
 
 def _text(raw: bytes) -> str:
-    return raw.rstrip(b"\0").decode(errors="replace")
+    return raw.rstrip(b"\0").decode(errors="replace") if raw[0] else ""
