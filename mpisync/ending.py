@@ -1,23 +1,27 @@
 """How a rank ends, so that no other waits for it for ever.
 
-MPI_Finalize waits for every rank. So an exception that nobody catches must not just end its process: its traceback is
-shown and the job aborted. A rank that merely ends is marked as ending, and one that hangs when all others have ended is
+MPI_Finalize waits for every rank, and spins. So an exception that nobody catches must not just end its process: its
+traceback is shown and the job aborted; so is a `sys.exit` with an error that leaves others behind. A rank that merely
+ends is marked as ending and says, after a while, for whom its exit waits; one that hangs when all others have ended is
 killed. `install` sets this up in processes that an MPI launcher started; elsewhere nothing is touched.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from mpisync import launchers, siblings
 
 _ECHO_S = 1.0  # the rank where it began is given so long to show its traceback first
+_FAILED_S, _ENDED_S = 3.0, 10.0  # how long others are given to end too, behind an error and without
 _installed = False
+_last_exit: SystemExit | None = None  # that `sys.exit` raised
 _hung: dict[int, tuple[str, Callable[[], object]]] = {}
 
 
@@ -29,6 +33,7 @@ def install() -> None:
         return
     _installed = True
     sys.excepthook = _abort_on(sys.excepthook)
+    sys.exit = _remembering(sys.exit)
     atexit.register(_at_exit)
 
 
@@ -55,6 +60,33 @@ def _abort_on(show: Callable[..., Any]) -> Callable[..., None]:
     return hook
 
 
+def _remembering(leave: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+    @functools.wraps(leave)
+    def remember(status: object = None, /) -> NoReturn:
+        global _last_exit
+        try:
+            leave(status)
+        except SystemExit as error:
+            _last_exit = error
+            raise
+
+    return remember
+
+
+def _exit_code() -> int:
+    """The code with which a `sys.exit` ends this process; 0 where none does."""
+    trace = _last_exit.__traceback__ if _last_exit is not None else None
+    if _last_exit is None or trace is None:
+        return 0
+    # The outermost frame that took hold of it: ours, or one that let it go again (`finally`, `with`) and so still is
+    # where it passed; whoever catches it goes on behind that place.
+    frame = trace.tb_frame
+    if frame.f_code.co_name != "remember" and frame.f_lasti != trace.tb_lasti:
+        return 0
+    code = _last_exit.code
+    return code if isinstance(code, int) else int(code is not None)
+
+
 def _running_mpi() -> Any | None:
     module = sys.modules.get("mpi4py.MPI")
     if module is None or not module.Is_initialized() or module.Is_finalized():
@@ -64,10 +96,13 @@ def _running_mpi() -> Any | None:
 
 def _at_exit() -> None:
     siblings.mark(siblings.ENDED)
+    MPI, code = _running_mpi(), _exit_code()
+    if not _hung and MPI is not None:
+        _wait_for_others(MPI, code)
     if not _hung:
         return
     hung = {sibling.rank for sibling in siblings.find() if sibling.pid in _hung}
-    while any(s.mark != siblings.ENDED and s.rank not in hung for s in _firsts()):
+    while any(s.rank not in hung for s in _running()):
         time.sleep(0.1)
     late = [s.pid for s in siblings.find() if s.pid in _hung and s.mark != siblings.ENDED]
     for pid in late:
@@ -78,12 +113,31 @@ def _at_exit() -> None:
             flush=True,
         )
         kill()
-    MPI = _running_mpi()
     if late and MPI is not None:
         # everyone on the node is at the end; under ULFM the launcher forgives the kill, and MPI_Finalize may hang on it
         MPI.COMM_WORLD.Abort(1)
 
 
-def _firsts() -> list[siblings.Sibling]:
-    """One process a rank: the one that ends, if any does."""
-    return list({s.rank: s for s in sorted(siblings.find(), key=lambda s: s.mark == siblings.ENDED)}.values())
+def _wait_for_others(MPI: Any, code: int) -> None:
+    """Sleep while others run, for a while: MPI_Finalize would spin. Behind an error, end them."""
+    end_s = time.monotonic() + (_FAILED_S if code else _ENDED_S)
+    idle_s = 1e-3
+    while (others := _running()) and time.monotonic() < end_s:
+        time.sleep(idle_s)
+        idle_s = min(2 * idle_s, 0.2)
+    names = ", ".join(map(str, others))
+    if others and not code:
+        print(f"mpisync: rank {MPI.COMM_WORLD.rank} has ended; its exit waits for {names}", file=sys.stderr, flush=True)
+    elif others:
+        print(
+            f"mpisync: rank {MPI.COMM_WORLD.rank} exits with {code} and {names} would wait for it: the job is aborted",
+            file=sys.stderr,
+            flush=True,
+        )
+        MPI.COMM_WORLD.Abort(code)
+
+
+def _running() -> list[siblings.Sibling]:
+    """Other ranks of this node that are not at their end yet."""
+    firsts = siblings.first_of_each(siblings.find(), siblings.ENDED)
+    return [sibling for sibling in firsts if sibling.mark != siblings.ENDED]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,17 +66,12 @@ def find() -> list[Sibling]:
     return sorted(found, key=lambda sibling: (sibling.rank, sibling.pid))
 
 
-def ended() -> list[Sibling]:
-    """Ranks that sit in their exit."""
-    return [sibling for sibling in find() if sibling.mark == ENDED]
-
-
-def absent() -> list[Sibling]:
-    """Ranks of which no process waits where this one does."""
-    everyone = find()
-    waiting = {sibling.rank for sibling in everyone if sibling.mark == WAITS}
-    first = {s.rank: s for s in reversed(everyone) if s.rank not in waiting}
-    return [first[rank] for rank in sorted(first)]
+def first_of_each(found: Iterable[Sibling], word: str) -> list[Sibling]:
+    """One process a rank, by rank: the one that shows `word`, if any does."""
+    return sorted(
+        {s.rank: s for s in sorted(found, key=lambda s: (s.mark == word, -s.pid))}.values(),
+        key=lambda sibling: sibling.rank,
+    )
 
 
 def _daemon(pid: int) -> int | None:

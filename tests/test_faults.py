@@ -107,6 +107,57 @@ def test_a_rank_that_exits_before_the_reduction_is_named():
     assert "done" not in run.stdout
 
 
+def test_an_exit_with_an_error_leaves_nobody_waiting():
+    code = script(steps=5) + "if rank == 1: fault(0); sys.exit(7)\ncomm.Barrier()"
+    run = check(run_script(3, code, timeout_s=LIMIT_S), "rank 1 exits with 7 and rank 0 (pid")
+    assert run.returncode == 7
+
+
+def test_an_exit_that_is_caught_and_one_without_an_error_end_nothing():
+    code = """
+def leave():
+    try:
+        sys.exit(7)
+    except SystemExit:
+        pass
+leave()
+say("went on")
+if rank == 1: sys.exit(0)
+time.sleep(4)
+"""
+    run = check(run_script(3, script(steps=5) + code, timeout_s=LIMIT_S), fails=False)
+    assert run.stderr == "" and run.stdout.count("went on") == 3
+
+
+def test_an_exit_that_waits_for_long_says_for_whom():
+    code = script(steps=5) + "if rank == 1: time.sleep(12)"
+    run = run_script(3, code, timeout_s=LIMIT_S)
+    check(run, "rank 0 has ended; its exit waits for rank 1 (pid", fails=False)
+
+
+def test_ranks_outside_of_a_communicator_may_end_before_others_reach_it():
+    code = """
+from mpi4py import MPI
+import sys, time
+import numpy as np
+from mpisync.policies import BackupWorkers
+from mpisync.session.partial import PartialReduce
+world = MPI.COMM_WORLD
+comm = world.Split(world.rank % 2, world.rank)
+if world.rank % 2 == 0:
+    time.sleep(4.0 if world.rank == 0 else 0.0)  # longer than it takes to notice that others have ended
+    theta = np.zeros(10, np.float32)
+    with PartialReduce(comm, like=theta, policy=BackupWorkers(0)) as reduction:
+        for step in reduction.serve(3) if reduction.is_root else ():
+            step.publish(theta + 1)
+        while not reduction.is_root and reduction.pull(theta):
+            reduction.push(theta)
+    print(world.rank, "done", flush=True)
+"""
+    run = check(run_script(5, code, timeout_s=LIMIT_S), fails=False)
+    assert run.stdout.count("done") == 3 and run.stderr == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("who", [1, 3])
 def test_a_killed_rank_ends_the_job(number, who):

@@ -147,7 +147,8 @@ def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
             if waited_s < look_s:
                 continue
             look_s = waited_s + 1.0
-            if ended := siblings.ended():
+            waiting, absent, ended = _roll_call(comm)
+            if ended:
                 raise RuntimeError(
                     f"{_names(ended)} ended while the other ranks wait for it {what}: every rank of "
                     "the communicator must come by here"
@@ -155,17 +156,28 @@ def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
             if waited_s > limit_s:
                 raise RuntimeError(
                     f"after {waited_s:.0f} s not all {comm.size} ranks have come {what}; "
-                    f"{_names(siblings.absent()) or 'a rank of another node'} is missing: every rank "
+                    f"{_names(absent) or 'a rank of another node'} is missing: every rank "
                     "of the communicator must come by here (MPISYNC_START_TIMEOUT_S sets the limit)"
                 )
             if waited_s > report_s:
                 report_s = 2 * waited_s
-                print(
-                    f"mpisync: rank {comm.rank} waits for {waited_s:.0f} s for "
-                    f"{_names(siblings.absent()) or 'a rank of another node'} {what}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if not waiting or waiting[0].pid == os.getpid():  # one speaks for all of a node
+                    print(
+                        f"mpisync: rank {comm.rank} waits for {waited_s:.0f} s for "
+                        f"{_names(absent) or 'a rank of another node'} {what}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+
+def _roll_call(comm: MPI.Intracomm) -> tuple[list[siblings.Sibling], ...]:
+    """The ranks of `comm` on this node: who waits as this one does, who does not, who has ended for good."""
+    members = set(comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
+    ours = [s for s in siblings.find() if s.rank in members]
+    ended = [s for s in ours if s.mark == siblings.ENDED]
+    firsts = siblings.first_of_each(ours, siblings.WAITS)
+    waiting = [s for s in firsts if s.mark == siblings.WAITS]
+    return waiting, [s for s in firsts if s not in waiting], ended
 
 
 def _names(found: list[siblings.Sibling]) -> str:
