@@ -9,8 +9,8 @@ import pytest
 
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.partial import PartialReduce
+from mpisync.transport import duplicates
 from mpisync.transport import memory as memory_module
-from mpisync.transport import rendezvous
 from mpisync.transport.memory import Futex, SharedMemory
 
 DTYPES = [np.float64, np.float32, np.float16]
@@ -69,8 +69,8 @@ def is_uniform(theta):
 def assert_nothing_left(comm):
     """No message waits on the duplicate that sessions on `comm` use."""
     comm.Barrier()
-    private = rendezvous.private_duplicate(comm)
-    assert not private.Iprobe()
+    assert duplicates.known(comm)
+    assert not any(private.Iprobe() for private in duplicates.known(comm))
     comm.Barrier()
 
 
@@ -320,6 +320,32 @@ def short(comm, size, steps=3):
     reduction.free()
     reduction.free()
     assert (theta == steps).all()
+
+
+@pytest.mark.parallel(3)
+def test_two_at_a_time_on_one_communicator_do_not_meet(comm, transport):
+    theta, other = np.zeros(20, np.float32), np.zeros(30, np.float64)
+    for _ in range(2):  # the second pair has the duplicates of the first
+        theta[:], other[:] = 0, 0
+        with (
+            PartialReduce(comm, like=theta, policy=BackupWorkers(0)) as one,
+            PartialReduce(comm, like=other, policy=BackupWorkers(0)) as two,
+        ):
+            if one.is_root:
+                others = two.serve(5)
+                for step in one.serve(5):
+                    step.publish(theta + step.step + 1)
+                    step = next(others)
+                    step.publish(other + 10 * (step.step + 1))
+            else:
+                while one.pull(theta):
+                    one.push(theta)
+                    two.pull(other)
+                    two.push(other)
+                    assert one.gradient.shape == (20,) and two.gradient.shape == (30,)
+        assert (one.parameters == 5).all() and (two.parameters == 50).all()
+        assert len(duplicates.known(comm)) == 2
+        assert_nothing_left(comm)
 
 
 @pytest.mark.parallel(3)

@@ -21,14 +21,13 @@ from mpi4py import MPI
 
 from mpisync import launchers, settings, siblings
 from mpisync.kernels.fold import Reducer
+from mpisync.transport import duplicates
 from mpisync.transport.base import RootLink, WorkerLink
 from mpisync.transport.layout import Layout
 from mpisync.transport.memory import SharedMemory
 from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
 from mpisync.transport.peers import Peer
 from mpisync.transport.shared import Board, SharedRootLink, SharedWorkerLink
-
-_private_key: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ def meet(
         ]
     if problems:
         raise ValueError("; ".join(problems))
+    duplicates.take(private)
     peers = [Peer.from_json(s["peer"]) for s in said]
     return Meeting(private, root, said[root]["incarnation"], peers, said[root]["transport"])
 
@@ -113,21 +113,13 @@ def check_launcher(comm: MPI.Intracomm) -> None:
 
 
 def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Duplicate `comm`, once in its life: later sessions on it use the same duplicate."""
-    global _private_key
-    if _private_key is None:
-        _private_key = MPI.Comm.Create_keyval(delete_fn=_free_private)
-    known = comm.Get_attr(_private_key)
-    if isinstance(known, MPI.Intracomm):
-        return known
-    private, request = comm.Idup()
-    poll(request, comm, "to reach the session")
-    comm.Set_attr(_private_key, private)
+    """Return a duplicate of `comm` that no run uses now. Collective."""
+    private = duplicates.free(comm)
+    if private is None:
+        private, request = comm.Idup()
+        poll(request, comm, "to reach the session")
+        duplicates.keep(comm, private)
     return private
-
-
-def _free_private(_comm: MPI.Comm, _key: int, private: MPI.Intracomm) -> None:
-    private.Free()
 
 
 def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
