@@ -15,6 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.aggregation.joining import Place
+from mpisync.aggregation.sums import Span
 from mpisync.policies import BackupWorkers
 from mpisync.session.ends import leave_root, leave_worker
 from mpisync.transport.layout import Layout
@@ -137,6 +138,7 @@ class Ours(Contender):
             self._root = place.root()
             self._steps = self._root.serve()
             self._update = Update(optimizer, layout.arrays(place.parameters)[0])
+            self._spans = [Span(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []
             }  # fmt: skip
@@ -148,7 +150,7 @@ class Ours(Contender):
 
     def once(self) -> None:
         """Hand the gradient over, and wait for the parameters it led to."""
-        self._worker.push(finite=True)
+        self._worker.push(peak=8.0 * self.workers)
         self._worker.pull()
 
     def serve(self, count: int) -> None:
@@ -156,7 +158,8 @@ class Ours(Contender):
         before_s = None
         for _ in range(count):
             closed = next(self._steps)
-            self._update.step(closed.mean[0])
+            if not (self._spans and closed.descend(self._spans)):
+                self._update.step(closed.mean[0])
             record = closed.publish()
             self.spent_s["reduce"].append(record.reduce_s)
             self.spent_s["update"].append(record.update_s)

@@ -17,7 +17,7 @@ from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
 from mpisync.transport.layout import Layout, aligned_bytes
 from mpisync.transport.peers import Peer
-from mpisync.transport.wire import NOT_FINITE, Header, Kind, Status
+from mpisync.transport.wire import Header, Kind, Status
 
 SIZE = 5
 INCARNATION = 77
@@ -233,11 +233,11 @@ class World:
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def say(self, worker, kind, *, samples=0, flags=0, version=0):
+    def say(self, worker, kind, *, samples=0, peak=0.0, version=0):
         worker.ordinal += 1
         header = Header(
-            INCARNATION, kind, flags, worker.number, worker.ordinal, worker.sequence, version,
-            samples, worker.handed, 0.5, 0.0, 0.0, self.now_s, 0, "",
+            INCARNATION, kind, worker.number, worker.ordinal, worker.sequence, version,
+            samples, worker.handed, 0.5, 0.0, 0.0, self.now_s, 0, peak,
         )  # fmt: skip
         if kind == Kind.GRADIENT:
             worker.said[worker.ordinal] = header
@@ -276,8 +276,9 @@ class World:
             return
         worker.computing = False
         worker.handed += worker.samples
-        flags = NOT_FINITE if worker.poisonous(sequence) else 0
-        self.say(worker, Kind.GRADIENT, samples=worker.samples, flags=flags, version=version)
+        value = value_of(worker.number, sequence)
+        peak = math.inf if worker.poisonous(sequence) else float(np.abs(value).max())
+        self.say(worker, Kind.GRADIENT, samples=worker.samples, peak=peak, version=version)
 
     def kill(self, number):
         self.workers[number].dead = True

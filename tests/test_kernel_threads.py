@@ -249,7 +249,7 @@ fold.Reducer(1).fold(a, [b] * 9, DTYPES["float32"], start=True, weights=[1] * 9,
 fold.Reducer(1).fold(a, [b], DTYPES["float32"], start=False, divisor=2.5, norms=True)
 fold.Reducer(1).copy(a, b)
 b.flags.writeable = False
-fold.pack(b, a, DTYPES["float32"]), fold.finite(b, DTYPES["float32"])
+fold.pack(b, a, DTYPES["float32"]), fold.peak(b, DTYPES["float32"])
 assert before == [len(k.signatures) for k in kernels] and sum(before) > 5, before
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=200).returncode == 0

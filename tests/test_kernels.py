@@ -9,7 +9,7 @@ import torch
 from mpisync.kernels import fold
 from mpisync.kernels.chunks import BLOCK
 from mpisync.kernels.dtypes import DTYPES
-from mpisync.kernels.fold import FOLD_CHUNK, Reducer, finite, pack
+from mpisync.kernels.fold import FOLD_CHUNK, Reducer, pack, peak
 
 NAMES = list(DTYPES)
 MANY = 3 * FOLD_CHUNK - 37  # chunks for three threads, the last one odd
@@ -204,13 +204,13 @@ def test_one_bad_element_is_found_wherever_it_is(name, bad, stores):
     # Within whole vectors a lane is like another, so far from the edges some positions stand for all.
     for i in [*range(70), *range(70, size - 70, 97), *range(size - 70, size)]:
         spoilt[i] = stored(np.array([bad]), name)[0]
-        assert not finite(spoilt, dtype), i
-        assert not pack(spoilt, np.empty_like(spoilt), dtype), i
+        assert peak(spoilt, dtype) == np.inf, i
+        assert pack(spoilt, np.empty_like(spoilt), dtype) == np.inf, i
         arrays = [good, spoilt, good, good, good, good] if i % 2 else [good, spoilt]
         assert not reducer.fold(accumulator, arrays, dtype, start=True, divisor=2.0).finite, i
         spoilt[i] = good[i]
-    assert finite(spoilt, dtype)
-    assert pack(spoilt, np.empty_like(spoilt), dtype)
+    assert peak(spoilt, dtype) == 1
+    assert pack(spoilt, np.empty_like(spoilt), dtype) < np.inf
     assert reducer.fold(accumulator, [good, spoilt], dtype, start=True, divisor=2.0).finite
 
 
@@ -219,7 +219,7 @@ def test_the_largest_numbers_are_finite_and_their_sum_is_not(name):
     dtype = DTYPES[name]
     largest = np.full(100, dtype.infinity - 1, f"u{dtype.itemsize}").view(dtype.storage)
     accumulator = np.empty(100, dtype.accumulator)
-    assert finite(largest, dtype)
+    assert peak(largest, dtype) == widened(largest, name)[0]
     assert Reducer().fold(accumulator, [largest], dtype, start=True).finite
     weights = [float(np.finfo(dtype.accumulator).max)] * 2
     result = Reducer().fold(accumulator, [largest] * 2, dtype, start=True, weights=weights)
@@ -232,7 +232,43 @@ def test_a_bad_element_in_any_threads_chunk_is_found(position, threaded):
     gradient[position] = np.nan
     with Reducer(3) as reducer:
         assert not reducer.fold(accumulator, [gradient], DTYPES["float32"], start=True).finite
-        assert not reducer.finite(gradient, DTYPES["float32"])
+        assert reducer.peak(gradient, DTYPES["float32"]) == np.inf
+
+
+# -- a fold and a step of plain SGD in one pass ----------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_a_descent_is_the_fold_and_torchs_step_bit_by_bit(name, count, rng, threaded):
+    kind = getattr(torch, name)
+    for size in (1, 15, 16, 17, 100, 1024, 1025, BLOCK + 19, MANY):
+        gradients = [stored(g, name) for g in rng.standard_normal((count, size))]
+        before, weights = rng.standard_normal(size).astype(name), rng.uniform(1, 9, count).tolist()
+        for threads, first, factors in ((1, 0, None), (3, 0, weights), (2, min(count - 1, 2), None)):
+            reducer, mean = Reducer(threads), np.empty(size, name)
+            reducer.fold(mean, gradients, DTYPES[name], start=True, weights=factors, divisor=3.0)
+            expected = torch.from_numpy(before.copy()).to(kind).add_(torch.from_numpy(mean), alpha=-0.3)
+            summed = np.empty(size, name) if first else None
+            if first:
+                reducer.fold(summed, gradients[:first], DTYPES[name], start=True)
+            got = before.copy()
+            reducer.descend(
+                got, gradients[first:], DTYPES[name],
+                accumulator=summed, weights=factors, divisor=3.0, rate=0.3,
+            )  # fmt: skip
+            assert same(got, expected.numpy()), (size, threads, first)
+            reducer.close()
+
+
+def test_what_cannot_descend_is_refused():
+    ones, half = np.ones(4, np.float32), np.ones(4, np.uint16)
+    with pytest.raises(TypeError, match="dtype must be one of float64, float32, not bfloat16"):
+        Reducer().descend(half, [half], DTYPES["bfloat16"], rate=0.1)
+    with pytest.raises(ValueError, match="must not be empty"):
+        Reducer().descend(ones, [], DTYPES["float32"], rate=0.1)
+    with pytest.raises(ValueError, match="4 elements, not 3"):
+        Reducer().descend(ones, [ones[:3]], DTYPES["float32"], rate=0.1)
 
 
 # -- norms -----------------------------------------------------------------------------------------
@@ -306,7 +342,9 @@ def test_packing_keeps_every_bit(name, rng, stores):
             memory = placed(np.zeros(size + 64, dtype.storage), 0)
             target = memory[offset : offset + size]
             source = placed(source, offset + 1)
-            assert pack(source, target, dtype) == np.isfinite(widened(source, name)).all()
+            values = np.abs(widened(source, name)).astype(np.float64)
+            largest = values.max(initial=0.0) if np.isfinite(values).all() else np.inf
+            assert pack(source, target, dtype) == peak(source, dtype) == largest
             assert target.tobytes() == source.tobytes(), (size, offset)
             assert not memory[:offset].any() and not memory[offset + size :].any()
 

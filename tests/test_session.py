@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpisync
+from mpisync.aggregation.steps import ClosedStep
 from mpisync.policies import read_record
 
 WORKERS = 2
@@ -95,6 +96,52 @@ def test_given_the_mean_the_update_is_torchs_own_to_the_bit(comm):
         assert np.array_equal(flat(model), flat(twin))
 
     train(comm, model, optimizer, on_step=replay)
+
+
+def plain_sgd(model):
+    """Two groups and a scheduler, and nothing that keeps the fold and the update from being one pass."""
+    groups = [{"params": model[:1].parameters()}, {"params": model[1:].parameters(), "lr": 0.05}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda version: 1 / (1 + version))
+
+
+@pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_plain_sgd_folds_and_updates_in_one_pass_with_torchs_own_bits(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    descents, original = [], ClosedStep.descend
+    monkeypatch.setattr(ClosedStep, "descend", lambda *a: descents.append(original(*a)) or descents[-1])
+    ended = []
+    for hooked in (False, True):  # a hook might want to see the gradients: then torch's own step it is
+        model = new_model()
+        optimizer, scheduler = plain_sgd(model)
+        if hooked:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        train(comm, model, optimizer, scheduler=scheduler, policy=mpisync.BackupWorkers(0))
+        ended.append(flat(model))
+    assert np.array_equal(*ended), "with WORKERS == 2 the order of arrival changes no bit"
+    assert not np.array_equal(ended[0], flat(new_model()))
+    assert descents == ([True] * 12 if comm.rank == WORKERS else [])
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_sum_that_overflows_never_touches_the_parameters(comm):
+    model, records = new_model(), []
+    optimizer, _ = plain_sgd(model)
+
+    def inflate(session, x):
+        if session.version == 2:
+            for parameter in model.parameters():
+                parameter.grad.fill_(1.5e308 - 1e307 * session.worker)  # finite: the sum is not
+
+    def look(record):
+        records.append((record.updated, flat(model)))
+
+    train(comm, model, optimizer, body=inflate, on_step=look, steps=5, policy=mpisync.BackupWorkers(0))
+    if comm.rank == WORKERS:
+        assert [updated for updated, _ in records] == [True, True, False, True, True]
+        assert np.array_equal(records[1][1], records[2][1]) and not np.array_equal(records[2][1], records[3][1])
+    assert np.isfinite(flat(model)).all()
 
 
 @pytest.mark.parallel(WORKERS + 1)

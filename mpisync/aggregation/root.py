@@ -9,6 +9,7 @@ and from *closed* to *published* nothing is judged: what arrives then meets the 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter, deque
@@ -21,13 +22,13 @@ from mpisync.aggregation.ledger import Ledger
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.stalls import StallReport
 from mpisync.aggregation.steps import ClosedStep, PeerFailed, Taken
-from mpisync.aggregation.sums import RunningSum
+from mpisync.aggregation.sums import RunningSum, Span, Sums
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, Decision, OpenStep, Policy, StepRecord
 from mpisync.transport.base import End, RootLink
 from mpisync.transport.layout import Layout
 from mpisync.transport.peers import Peer
-from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Say, Status
+from mpisync.transport.wire import Header, Kind, Reply, Say, Status
 
 _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' processes live
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
@@ -92,6 +93,8 @@ class Root:
         self._taken: list[Taken] = []  # the accepted gradients of the open step
         self._folded = 0  # how many of them are in the sum
         self._extras: list[np.ndarray] = []
+        self._segments = layout.arrays(parameters)
+        self._reduced_s = 0.0
         for link in self.links:
             link.publish(0, parameters)
             link.flush()
@@ -210,7 +213,7 @@ class Root:
         elif decision is Decision.HOLD:
             self._unhold(member)
             step.held.append(arrival)
-        elif member.said.flags & NOT_FINITE:
+        elif member.said.peak == math.inf:
             self.refuse(member, Status.REJECTED, "the gradient has NaN or Inf")
             self._count_rejection()
         elif member.link.is_whole(member.worker):
@@ -224,7 +227,7 @@ class Root:
         self._unhold(member)
         step.accepted.append(member.came)
         member.state = State.ACCEPTED
-        self._sum.add(member.link, member.worker, weight)
+        self._sum.add(member.link, member.worker, weight, member.said.peak)
         self._taken.append(Taken(member, member.said, member.came, member.is_tie))
         self._rejected_in_a_row = 0
         self._accepted_s = self.clock()
@@ -413,35 +416,48 @@ class Root:
     def _close(self, now_s: float) -> ClosedStep:
         step, headers = self._step, [taken.header for taken in self._taken]
         samples = sum(header.samples for header in headers)
+        divisor = float(samples if self._weighted else len(headers))
         self._take_extras()
-        sums = self._sum.fold(
-            float(samples if self._weighted else len(headers)), weighted=self._weighted
-        )
-        for taken in self._taken[self._folded :]:
-            if not taken.member.is_alive:  # nobody is left to be answered
-                taken.member.link.release(taken.member.worker)
         for link in self.links:
             link.begin(self.version + 1)
+
+        def fold() -> Sums:
+            sums = self._sum.fold(divisor, weighted=self._weighted)
+            self._reduced()
+            return sums
+
+        def descend(spans: Sequence[Span]) -> bool:
+            if not self._sum.descend(self._segments, spans, divisor, weighted=self._weighted):
+                return False
+            self._reduced()
+            return True
+
         return ClosedStep(
             step=step.step,
             accepted=[(arrival.worker, arrival.sequence) for arrival in step.accepted],
-            mean=self._sum.mean,
-            finite=sums.finite,
             extras=self._extras,
             samples=samples,
             loss=sum(header.loss for header in headers) / len(headers),
-            gradient_squares=sums.gradient_squares,
-            mean_square=sums.sum_squares,
             fingerprints=[header.fingerprint for header in headers],
             closed_s=now_s,
-            reduced_s=self.clock(),
+            _fold=fold,
+            _descend=descend,
             _publish=self._publish,
+            _mean=self._sum.mean,
         )
+
+    def _reduced(self) -> None:
+        """The gradients are in the sum, or in the parameters."""
+        for taken in self._taken[self._folded :]:
+            if not taken.member.is_alive:  # nobody is left to be answered
+                taken.member.link.release(taken.member.worker)
+        self._reduced_s = self.clock()
 
     def _publish(self, closed: ClosedStep) -> StepRecord:
         """Turn the version, give the verdicts, open the next step."""
         if closed.step != self.version:
             raise RuntimeError(f"step {closed.step} was published already")
+        sums = closed.sums
         updated_s = self.clock()
         self.version += 1
         for link in self.links:
@@ -454,11 +470,11 @@ class Root:
                 self.serve_parameters(member)
         for link in self.links:
             link.flush()
-        record = self._recorded(closed, updated_s)
+        record = self._recorded(closed, sums, updated_s)
         self._open(self._step.held)
         return record
 
-    def _recorded(self, closed: ClosedStep, updated_s: float) -> StepRecord:
+    def _recorded(self, closed: ClosedStep, sums: Sums, updated_s: float) -> StepRecord:
         step, ledger, published_s = self._step, self.ledger, self.clock()
         for t in self._taken:
             ledger.enter("accepted", t.member, t.header, t.arrival, step.opened_s, tie=t.is_tie)
@@ -472,12 +488,12 @@ class Root:
             accepted=[(a.worker, a.sequence, a.version) for a in step.accepted],
             arrivals=ledger.arrivals,
             samples_used=closed.samples,
-            reduce_s=closed.reduced_s - closed.closed_s,
-            update_s=updated_s - closed.reduced_s,
+            reduce_s=self._reduced_s - closed.closed_s,
+            update_s=updated_s - self._reduced_s,
             publish_s=published_s - updated_s,
-            updated=closed.finite,
+            updated=sums.finite,
             counts=dict(ledger.counts),
-            norms=(closed.gradient_squares, closed.mean_square) if self._norms else None,
+            norms=(sums.gradient_squares, sums.sum_squares) if self._norms else None,
         )
 
     def _open(self, held: list[Arrival]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from mpisync.aggregation.members import Member
+from mpisync.aggregation.sums import Span, Sums
 from mpisync.policies import Arrival, StepRecord
 from mpisync.transport.wire import Header
 
@@ -32,32 +34,65 @@ class Taken:
 class ClosedStep:
     """A step that has its gradients: update the parameters, then `publish`.
 
+    The gradients are folded when their mean, or what depends on it, is first asked for; or never, where `descend`
+    folds them and updates the parameters in one pass.
+
     Attributes:
         step: The step's number, which is the version of the parameters to be updated.
         accepted: (worker, sequence) of the accepted gradients, in order of acceptance.
-        mean: The mean gradient, one array a segment, in the accumulator's dtype.
-        finite: Whether every element of the mean is finite; when not, leave the parameters alone.
         extras: What the accepted gradients carried along, in the same order.
         samples: Samples of the accepted gradients.
         loss: Their mean loss; NaN where a worker gave none.
-        gradient_squares: Σ‖g_j‖² over the accepted gradients; 0.0 unless norms were asked for.
-        mean_square: ‖mean‖², likewise.
         fingerprints: Of the accepted gradients, to notice workers that compute the same.
     """
 
     step: int
     accepted: list[tuple[int, int]]
-    mean: list[np.ndarray]
-    finite: bool
     extras: list[np.ndarray]
     samples: int
     loss: float
-    gradient_squares: float
-    mean_square: float
     fingerprints: list[int]
     closed_s: float
-    reduced_s: float
+    _fold: Callable[[], Sums] = field(repr=False)
+    _descend: Callable[[Sequence[Span]], bool] = field(repr=False)
     _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
+    _mean: list[np.ndarray] = field(repr=False)
+    _has_descended: bool = False
+
+    @cached_property
+    def sums(self) -> Sums:
+        """What the finished sum says of itself."""
+        return Sums(finite=True) if self._has_descended else self._fold()
+
+    @property
+    def mean(self) -> list[np.ndarray]:
+        """The mean gradient, one array a segment, in the accumulator's dtype.
+
+        Raises:
+            RuntimeError: The step has descended.
+        """
+        if self._has_descended:
+            raise RuntimeError("a step that has descended has no mean: ask for it instead of descend()")
+        assert self.sums
+        return self._mean
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element of the mean is finite; when not, leave the parameters alone."""
+        return self.sums.finite
+
+    def descend(self, spans: Sequence[Span]) -> bool:
+        """Subtract each span's rate times its mean gradient from the parameters, in one pass over memory.
+
+        Bit by bit that is what `torch.optim.SGD` does with the mean, without writing the mean down.
+
+        Returns:
+            Whether it was done; not where the mean might not be finite, since parameters are never touched by an
+            update that will be refused, nor where it exists already or norms are wanted.
+        """
+        if "sums" not in vars(self):
+            self._has_descended = self._descend(spans)
+        return self._has_descended
 
     def publish(self) -> StepRecord:
         """Make the parameters, as they are now, the next version; what happened in the step."""

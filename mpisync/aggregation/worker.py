@@ -15,7 +15,7 @@ from mpisync.aggregation.steps import PeerFailed
 from mpisync.aggregation.verdict import Verdict
 from mpisync.transport.base import End, WorkerLink
 from mpisync.transport.peers import Peer
-from mpisync.transport.wire import NOT_FINITE, Header, Kind, Reply, Status
+from mpisync.transport.wire import Header, Kind, Reply, Status
 
 _T = TypeVar("_T")
 _SHORTEST_S, _LONGEST_S = 1e-3, 20e-3
@@ -93,7 +93,7 @@ class Worker:
     def push(
         self,
         *,
-        finite: bool,
+        peak: float,
         samples: int = 1,
         loss: float = math.nan,
         data_s: float = 0.0,
@@ -101,13 +101,20 @@ class Worker:
     ) -> Verdict:
         """Send the gradient in `link.gradient` and wait for its verdict.
 
+        Args:
+            peak: The largest magnitude in it; inf where an element is not finite.
+            samples: How many samples it is the mean of.
+            loss: Their loss.
+            data_s: How long this worker waited for them.
+            fingerprint: What two workers share only if they computed the same gradient.
+
         Raises:
             PeerFailed: Another rank failed.
         """
         now_s = time.monotonic()
         reply = self._ask(
             Kind.GRADIENT,
-            flags=0 if finite else NOT_FINITE,
+            peak=peak,
             samples=samples,
             loss=loss,
             compute_s=now_s - self._pulled_s - data_s,
@@ -170,20 +177,19 @@ class Worker:
         self,
         kind: Kind,
         *,
-        flags: int = 0,
         samples: int = 0,
         loss: float = math.nan,
         compute_s: float = 0.0,
         data_s: float = 0.0,
         stamp_s: float = 0.0,
         fingerprint: int = 0,
+        peak: float = 0.0,
         text: str = "",
     ) -> int:
         self._ordinal += 1
         header = Header(
             self._incarnation,
             kind,
-            flags,
             self._me.rank,
             self._ordinal,
             self.sequence,
@@ -195,6 +201,7 @@ class Worker:
             data_s,
             stamp_s or time.monotonic(),
             fingerprint,
+            peak,
             text,
         )
         self.link.send(header)

@@ -72,6 +72,16 @@ def _add(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
 
 
 @intrinsic
+def _max(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
+    _check(words, writes=True)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("max", _word(context, builder, words, args), args[2], "acq_rel")
+
+    return words.dtype(words, types.intp, words.dtype), generate
+
+
+@intrinsic
 def _fence(typing_context: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         builder.fence("seq_cst")
@@ -97,6 +107,13 @@ def store_release(words: Words, i: int, value: int) -> None:
 def fetch_add(words: Words, i: int, value: int) -> int:
     """Add to words[i] and return what it was; no addition is lost. A release and an acquire."""
     old: int = _add(words, i, value)
+    return old
+
+
+@compiled
+def fetch_max(words: Words, i: int, value: int) -> int:
+    """Raise words[i] of int64 to a larger value and return what it was. A release and an acquire."""
+    old: int = _max(words, i, value)
     return old
 
 

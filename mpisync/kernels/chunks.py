@@ -1,8 +1,8 @@
 """The compiled entry points: each claims chunks of the arrays until none is left.
 
 Several threads call one with the same arguments. They share `state`: NEXT is the next chunk to
-claim, DONE how many are finished, NOT_FINITE how many held an inf or a NaN. So a thread that gets
-no core delays nobody by more than the chunk it holds, and one that comes when all are claimed
+claim, DONE how many are finished, PEAK the largest magnitude met, as `vectors.larger_magnitude` has
+it. So a thread that gets no core delays nobody by more than the chunk it holds, and one that comes when all are claimed
 touches nothing but `state`.
 
 Arrays that are computed with come as the address of their first element: to unbox an array costs
@@ -13,23 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpisync.kernels import vectors as v
-from mpisync.kernels.atomics import fence, fetch_add
-from mpisync.kernels.dtypes import DTYPES
+from mpisync.kernels.atomics import fence, fetch_add, fetch_max
 from mpisync.kernels.jit import compiled, inlined
 from mpisync.kernels.links import (
     Addresses,
     Weights,
+    descend_block,
     fold_block,
     sum_squares,
     whole_vectors,
 )
 from mpisync.kernels.vectors import Intrinsic, highest, larger_magnitude, no_magnitude
 
-NEXT, DONE, NOT_FINITE = 0, 1, 2  # in `state`
+NEXT, DONE, PEAK = 0, 1, 2  # in `state`
 BLOCK = 4096  # elements in a partial sum of squares; it also bounds what a norm leaves in the cache
-
-_INFINITY64 = DTYPES["float64"].infinity
-_INFINITY32 = DTYPES["float32"].infinity
 
 State = NDArray[np.int64]
 Partials = NDArray[np.float64]
@@ -51,11 +48,10 @@ def add_partials(partials: Partials, row: int) -> float:
 
 
 @inlined
-def _finish(state: State, peak: int, infinity: int, streaming: bool) -> None:
+def _finish(state: State, peak: int, streaming: bool) -> None:
     if streaming:
         fence()  # streams are not ordered by the release below
-    if peak >= infinity:
-        fetch_add(state, NOT_FINITE, 1)
+    fetch_max(state, PEAK, peak)
     fetch_add(state, DONE, 1)  # a release; pairs with the acquire in threads.Pool.run
 
 
@@ -66,7 +62,6 @@ def _fold(
     keep: Intrinsic,
     keep_one: Intrinsic,
     lanes: int,
-    infinity: int,
     state: State,
     size: int,
     chunk: int,
@@ -98,7 +93,7 @@ def _fold(
                 for j in range(count):
                     partials[j, begin // BLOCK] = sum_squares(load, load_one, lanes, g[j], begin, end)
                 partials[count, begin // BLOCK] = sum_squares(keep, keep_one, lanes, target, begin, end)
-        _finish(state, peak, infinity, streaming)
+        _finish(state, peak, streaming)
 
 
 @compiled
@@ -117,7 +112,7 @@ def fold_float64(
 ) -> None:
     """Fold gradients of float64."""
     _fold(
-        v.load_float64, v.load_one_float64, v.load_float64, v.load_one_float64, 8, _INFINITY64,
+        v.load_float64, v.load_one_float64, v.load_float64, v.load_one_float64, 8,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -138,7 +133,7 @@ def fold_float32(
 ) -> None:
     """Fold gradients of float32."""
     _fold(
-        v.load_float32, v.load_one_float32, v.load_float32, v.load_one_float32, 16, _INFINITY32,
+        v.load_float32, v.load_one_float32, v.load_float32, v.load_one_float32, 16,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -159,7 +154,7 @@ def fold_float16(
 ) -> None:
     """Fold gradients of float16."""
     _fold(
-        v.load_float16, v.load_one_float16, v.load_float32, v.load_one_float32, 16, _INFINITY32,
+        v.load_float16, v.load_one_float16, v.load_float32, v.load_one_float32, 16,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -180,9 +175,73 @@ def fold_bfloat16(
 ) -> None:
     """Fold gradients of bfloat16."""
     _fold(
-        v.load_bfloat16, v.load_one_bfloat16, v.load_float32, v.load_one_float32, 16, _INFINITY32,
+        v.load_bfloat16, v.load_one_bfloat16, v.load_float32, v.load_one_float32, 16,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
+
+
+@inlined
+def _descend(
+    load: Intrinsic,
+    load_one: Intrinsic,
+    lanes: int,
+    state: State,
+    size: int,
+    chunk: int,
+    target: int,
+    base: int,
+    step: int,
+    g: Addresses,
+    w: Weights,
+    divisor: float,
+    rate: float,
+) -> None:
+    """Fold chunk after chunk, and subtract `rate` times each result from `target` at once."""
+    while True:
+        begin = fetch_add(state, NEXT, 1) * chunk
+        if begin >= size:
+            return
+        end = min(begin + chunk, size)
+        peak = descend_block(load, load_one, lanes, target, base, step, g, w, divisor, rate, begin, end)
+        _finish(state, peak, False)
+
+
+@compiled
+def descend_float64(
+    state: State,
+    size: int,
+    chunk: int,
+    target: int,
+    base: int,
+    step: int,
+    g: Addresses,
+    w: Weights,
+    divisor: float,
+    rate: float,
+) -> None:
+    """Fold gradients of float64 and descend."""
+    _descend(
+        v.load_float64, v.load_one_float64, 8, state, size, chunk, target, base, step, g, w, divisor, rate
+    )
+
+
+@compiled
+def descend_float32(
+    state: State,
+    size: int,
+    chunk: int,
+    target: int,
+    base: int,
+    step: int,
+    g: Addresses,
+    w: Weights,
+    divisor: float,
+    rate: float,
+) -> None:
+    """Fold gradients of float32 and descend."""
+    _descend(
+        v.load_float32, v.load_one_float32, 16, state, size, chunk, target, base, step, g, w, divisor, rate
+    )
 
 
 @inlined
@@ -209,9 +268,8 @@ def _copy(
     source: int,
     target: int,
     streaming: bool,
-    infinity: int,
 ) -> None:
-    """Copy chunk after chunk, and look whether elements are finite; target 0 is for only that."""
+    """Copy chunk after chunk, and find the largest magnitude; target 0 is for only that."""
     while True:
         begin = fetch_add(state, NEXT, 1) * chunk
         if begin >= size:
@@ -231,12 +289,12 @@ def _copy(
             else:
                 strip = _copy_strip(load, v.store, lanes, source, target, low, high)
             peak = max(peak, strip)
-        _finish(state, peak, infinity, streaming)
+        _finish(state, peak, streaming)
 
 
 @compiled
-def copy_64(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
-    """Copy elements of 64 bits, and look for those of at least `infinity`'s magnitude."""
+def copy_64(state: State, size: int, chunk: int, source: int, target: int, streaming: bool) -> None:
+    """Copy elements of 64 bits, and find the largest magnitude."""
     _copy(
         v.load_float64,
         v.load_one_float64,
@@ -247,13 +305,12 @@ def copy_64(state: State, size: int, chunk: int, source: int, target: int, strea
         source,
         target,
         streaming,
-        infinity,
     )
 
 
 @compiled
-def copy_32(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
-    """Copy elements of 32 bits, and look for those of at least `infinity`'s magnitude."""
+def copy_32(state: State, size: int, chunk: int, source: int, target: int, streaming: bool) -> None:
+    """Copy elements of 32 bits, and find the largest magnitude."""
     _copy(
         v.load_float32,
         v.load_one_float32,
@@ -264,13 +321,12 @@ def copy_32(state: State, size: int, chunk: int, source: int, target: int, strea
         source,
         target,
         streaming,
-        infinity,
     )
 
 
 @compiled
-def copy_16(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
-    """Copy elements of 16 bits, and look for those of at least `infinity`'s magnitude."""
+def copy_16(state: State, size: int, chunk: int, source: int, target: int, streaming: bool) -> None:
+    """Copy elements of 16 bits, and find the largest magnitude."""
     _copy(
         v.load_bits16,
         v.load_one_bits16,
@@ -281,11 +337,10 @@ def copy_16(state: State, size: int, chunk: int, source: int, target: int, strea
         source,
         target,
         streaming,
-        infinity,
     )
 
 
 @compiled
-def copy_8(state: State, size: int, chunk: int, source: int, target: int, streaming: bool, infinity: int) -> None:
-    """Copy bytes, and look for those of at least `infinity`'s magnitude."""
-    _copy(v.load_bytes, v.load_one_byte, 64, state, size, chunk, source, target, streaming, infinity)
+def copy_8(state: State, size: int, chunk: int, source: int, target: int, streaming: bool) -> None:
+    """Copy bytes, and find the largest magnitude."""
+    _copy(v.load_bytes, v.load_one_byte, 64, state, size, chunk, source, target, streaming)

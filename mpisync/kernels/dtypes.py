@@ -4,6 +4,8 @@ Neither NumPy nor the kernels compute in 16-bit floats, so their elements are he
 are widened, exactly, to float32 when they are accumulated.
 """
 
+import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,14 @@ class Dtype:
     storage: np.dtype[Any]
     accumulator: np.dtype[Any]
     infinity: int
+
+    def magnitude(self, bits: int) -> float:
+        """Return the number that a magnitude's bits mean; inf for NaN too."""
+        if bits >= self.infinity:
+            return math.inf
+        wide = bits << 16 if self.name == "bfloat16" else bits
+        code = {"float64": "d", "float16": "e"}.get(self.name, "f")
+        return float(struct.unpack(f"<{code}", wide.to_bytes(struct.calcsize(code), "little"))[0])
 
     def stored(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a view of an array of this dtype as its storage (ml_dtypes' bfloat16, too)."""

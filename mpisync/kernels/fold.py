@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpisync.kernels import atomics, chunks
-from mpisync.kernels.chunks import BLOCK, NOT_FINITE, address
+from mpisync.kernels.chunks import BLOCK, PEAK, address
 from mpisync.kernels.dtypes import DTYPES, Dtype
 from mpisync.kernels.threads import Pool
 from mpisync.kernels.vectors import VECTOR_BYTES
@@ -98,7 +98,7 @@ class Reducer:
         sources = [_locate(gradient, dtype.storage, size) for gradient in gradients]
         streaming = accumulator.nbytes >= STREAMED_BYTES and not norms
         partials = np.empty((len(sources) + 1, -(-size // BLOCK))) if norms else _NO_PARTIALS
-        finite = self._run(
+        peak = self._run(
             _FOLDS[dtype.name],
             size,
             FOLD_CHUNK,
@@ -112,6 +112,7 @@ class Reducer:
             1.0 if divisor is None else float(divisor),  # an int is another type for numba
             partials,
         )
+        finite = peak < DTYPES[dtype.accumulator.name].infinity
         if not norms:
             return FoldResult(finite)
         *each, result = (chunks.add_partials(partials, row) for row in range(len(partials)))
@@ -125,8 +126,54 @@ class Reducer:
         result = self.fold(accumulator, [accumulator], dtype, start=True, divisor=divisor, norms=norms)
         return FoldResult(result.finite, result.sum_squares)
 
-    def pack(self, source: Array, target: Array, dtype: Dtype) -> bool:
-        """Copy a gradient, and return whether every element of it is finite.
+    def descend(
+        self,
+        parameters: Array,
+        gradients: Sequence[Array],
+        dtype: Dtype,
+        *,
+        accumulator: Array | None = None,
+        weights: Sequence[float] | None = None,
+        divisor: float = 1.0,
+        rate: float,
+    ) -> None:
+        """Subtract `rate` times the mean of gradients from parameters, in one pass over memory.
+
+        Computes parameters = fma(-rate, mean, parameters) element by element, the mean as `fold` does. What it
+        spares is to write the mean and to read it again. Whoever calls it knows that the mean is finite.
+
+        Args:
+            parameters: A flat array of `dtype.storage`, which is the accumulator's dtype too.
+            gradients: Flat arrays of the same length, one or more.
+            dtype: float32 or float64.
+            accumulator: The sum of those that were folded before; None where there are none.
+            weights: One factor for each gradient.
+            divisor: What to divide the sum by.
+            rate: The learning rate.
+        """
+        if dtype.name not in _DESCENTS:
+            raise TypeError(f"dtype must be one of {', '.join(_DESCENTS)}, not {dtype.name}")
+        if not gradients:
+            raise ValueError("gradients must not be empty")
+        size, target = parameters.size, _locate_target(parameters, dtype.storage)
+        sources = [_locate(gradient, dtype.storage, size) for gradient in gradients]
+        blank = _BLANKS[dtype.itemsize][1]
+        self._run(
+            _DESCENTS[dtype.name],
+            size,
+            FOLD_CHUNK,
+            size * (len(sources) + 2) * dtype.itemsize,
+            target,
+            blank if accumulator is None else _locate(accumulator, dtype.storage, size),
+            accumulator is not None,
+            np.array(sources, np.int64),
+            _ones(len(sources)) if weights is None else _weights(weights, len(sources)),
+            float(divisor),
+            float(rate),
+        )
+
+    def pack(self, source: Array, target: Array, dtype: Dtype) -> float:
+        """Copy a gradient, and return the largest magnitude in it; inf where an element is not finite.
 
         Args:
             source: A flat array of `dtype.storage`.
@@ -136,8 +183,8 @@ class Reducer:
         to = _locate_target(target, dtype.storage)
         return self._copy(_locate(source, dtype.storage, target.size), to, target.size, dtype)
 
-    def finite(self, array: Array, dtype: Dtype) -> bool:
-        """Return whether every element of a flat array of `dtype.storage` is finite."""
+    def peak(self, array: Array, dtype: Dtype) -> float:
+        """Return the largest magnitude in a flat array of `dtype.storage`; inf where an element is not finite."""
         return self._copy(_locate(array, dtype.storage, array.size), 0, array.size, dtype)
 
     def copy(self, source: Array, target: Array) -> None:
@@ -149,9 +196,9 @@ class Reducer:
         to = _locate_target(target, _BYTES.storage)
         self._copy(_locate(source, _BYTES.storage, target.size), to, target.size, _BYTES)
 
-    def _copy(self, source: int, target: int, size: int, dtype: Dtype) -> bool:
+    def _copy(self, source: int, target: int, size: int, dtype: Dtype) -> float:
         size_bytes = size * dtype.itemsize
-        return self._run(
+        bits = self._run(
             _COPIES[dtype.itemsize],
             size,
             COPY_CHUNK_BYTES // dtype.itemsize,
@@ -159,17 +206,17 @@ class Reducer:
             source,
             target,
             bool(target) and size_bytes >= STREAMED_BYTES,
-            dtype.infinity,
         )
+        return dtype.magnitude(bits)
 
-    def _run(self, kernel: Callable[..., None], size: int, chunk: int, traffic_bytes: int, *rest: Any) -> bool:
-        """Run a kernel of `chunks` and return whether it met only finite elements."""
+    def _run(self, kernel: Callable[..., None], size: int, chunk: int, traffic_bytes: int, *rest: Any) -> int:
+        """Run a kernel of `chunks` and return the bits of the largest magnitude that it met."""
         state = np.zeros(3, np.int64)
         if traffic_bytes < THREADED_BYTES:
             kernel(state, size, chunk, *rest)
         else:
             self._pool.run(kernel, state, (size, chunk, *rest), -(-size // chunk))
-        return not state[NOT_FINITE]
+        return int(state[PEAK])
 
     def close(self) -> None:
         """End the threads."""
@@ -197,13 +244,17 @@ _FOLDS: dict[str, Callable[..., None]] = {
     "float16": chunks.fold_float16,
     "bfloat16": chunks.fold_bfloat16,
 }
+_DESCENTS: dict[str, Callable[..., None]] = {
+    "float64": chunks.descend_float64,
+    "float32": chunks.descend_float32,
+}
 _COPIES: dict[int, Callable[..., None]] = {
     8: chunks.copy_64,
     4: chunks.copy_32,
     2: chunks.copy_16,
     1: chunks.copy_8,
 }
-_BYTES = Dtype("bytes", 1, np.dtype(np.uint8), np.dtype(np.uint8), infinity=1 << 8)
+_BYTES = Dtype("bytes", 1, np.dtype(np.uint8), np.dtype(np.uint8), infinity=0)  # they have no magnitude
 _NO_PARTIALS = np.empty((0, 0))
 
 
@@ -249,7 +300,7 @@ def _locate_target(array: Array, dtype: np.dtype[Any]) -> int:
 
 _ALONE = Reducer()
 pack = _ALONE.pack
-finite = _ALONE.finite
+peak = _ALONE.peak
 
 
 def warm(names: Iterable[str]) -> None:
@@ -262,6 +313,8 @@ def warm(names: Iterable[str]) -> None:
         dtype = DTYPES[name]
         gradient, accumulator = np.zeros(1, dtype.storage), np.zeros(1, dtype.accumulator)
         _ALONE.fold(accumulator, [gradient], dtype, start=True, norms=True)
+        if name in _DESCENTS:
+            _ALONE.descend(accumulator, [gradient], dtype, rate=0.0)
         _ALONE.copy(gradient, gradient.copy())
         readonly = gradient.view()
         readonly.flags.writeable = False  # of a type of its own for numba

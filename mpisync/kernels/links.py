@@ -40,6 +40,7 @@ from mpisync.kernels.vectors import (
     squares,
     store,
     stream,
+    subtract_product,
 )
 
 STRIP = 1024
@@ -222,6 +223,46 @@ def fold_block(
         strip = _chain(load, keep, lanes, target, base, step, streaming, g, w, divisor, i, strip_end)
         peak = max(peak, strip)
     return peak
+
+
+@inlined
+def _descend_strip(load: Intrinsic, lanes: int, target: int, mean: int, rate: float, begin: int, end: int) -> None:
+    for i in range(begin, end, lanes):
+        store(target, i, subtract_product(load(target, i), rate, load(mean, i)))
+
+
+@inlined
+def descend_block(
+    load: Intrinsic,
+    load_one: Intrinsic,
+    lanes: int,
+    target: int,
+    base: int,
+    step: int,
+    g: Addresses,
+    w: Weights,
+    divisor: float,
+    rate: float,
+    begin: int,
+    end: int,
+) -> int:
+    """Fold all gradients over elements `begin` to `end`, and subtract `rate` times the result from `target`.
+
+    The result itself goes nowhere: a strip of it at a time lies in the first-level cache.
+    """
+    itemsize = vectors.VECTOR_BYTES // lanes
+    _, high = whole_vectors(lanes, target, False, begin, end)
+    peak = 0
+    for i in range(begin, high, STRIP):
+        strip_end = min(i + STRIP, high)
+        mean = _scratch() - i * itemsize
+        strip = _chain(load, load, lanes, mean, base, step, False, g, w, divisor, i, strip_end)
+        _descend_strip(load, lanes, target, mean, rate, i, strip_end)
+        peak = max(peak, strip)
+    rest = _scratch() - high * itemsize
+    edge = _edge(load_one, load_one, rest, base, step, g, w, divisor, high, end)
+    _descend_strip(load_one, 1, target, rest, rate, high, end)
+    return max(peak, edge)
 
 
 @inlined

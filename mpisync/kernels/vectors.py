@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import models, register_model
 
 from mpisync.kernels.jit import intrinsic
@@ -201,6 +201,20 @@ def add_scaled(typing_context: Any, total: Vector, weight: Any, vector: Vector) 
         return builder.fadd(total, builder.fmul(_spread(builder, weight, vector.type), vector))
 
     return total(total, total.element, total), generate
+
+
+@intrinsic
+def subtract_product(typing_context: Any, vector: Vector, rate: Any, other: Vector) -> Any:
+    """Return vector - rate * other, rounded once, as torch's `add_(other, alpha=-rate)` does where it has FMA."""
+
+    def generate(context: Any, builder: Builder, signature: Any, args: Any) -> ir.Value:
+        vector, rate, other = args
+        kind = vector.type
+        name = f"llvm.fma.v{kind.count}f{8 * _bytes(kind.element)}"
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return builder.call(fma, [other, _spread(builder, builder.fneg(rate), kind), vector])
+
+    return vector(vector, vector.element, vector), generate
 
 
 @intrinsic

@@ -103,7 +103,7 @@ class Computing:
         self._worker.handed += counted - self._data.batch_samples
         self._data.samples += counted - self._data.batch_samples
         verdict = self._worker.push(
-            finite=packed.finite,
+            peak=packed.peak,
             samples=counted,
             loss=loss,
             data_s=self._data.data_s,

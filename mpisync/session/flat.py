@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     """What a worker says of the gradient that it has packed."""
 
     presence: bytes  # one byte per travelling parameter: 1 where it had a gradient
-    finite: bool
+    peak: float  # the largest magnitude; inf where an element is not finite
 
 
 class FlatModel:
@@ -139,10 +139,10 @@ class FlatModel:
                     f"the gradient of parameter {name!r} is sparse: sparse gradients are not "
                     "supported; use Embedding(sparse=False)"
                 )
-        finite = self._copier.copy(gradients, slot, kernel)
+        peak = self._copier.copy(gradients, slot, kernel)
         for parameter in self.parameters:
             parameter.grad = None
-        return Packed(bytes(gradient is not None for gradient in gradients), finite)
+        return Packed(bytes(gradient is not None for gradient in gradients), peak)
 
     def assign_gradients(self, mean: Views, presence: bytes) -> None:
         """Give the parameters the mean gradient, and None where `presence` has a 0.

@@ -187,13 +187,13 @@ class PartialReduce:
             raise RuntimeError("push comes too late: the training has ended, as pull said with False")
         reducer = self._place.reducer
         if gradient is None or gradient is self.gradient:  # it is in its slot already
-            finite = reducer.finite(self._slot, self._dtype)
+            peak = reducer.peak(self._slot, self._dtype)
         else:
             self._check(gradient, "the gradient")
             stored = self._dtype.stored(np.ascontiguousarray(gradient)).reshape(-1)
-            finite = reducer.pack(stored, self._slot, self._dtype)
+            peak = reducer.pack(stored, self._slot, self._dtype)
         worker.handed += samples
-        return worker.push(finite=finite, samples=samples, loss=loss)
+        return worker.push(peak=peak, samples=samples, loss=loss)
 
     def _check(self, array: np.ndarray, what: str) -> None:
         if array.shape != self._shape or array.dtype != self._like_dtype:

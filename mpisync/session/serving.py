@@ -118,12 +118,15 @@ class Serving:
     def _take(self, closed: ClosedStep) -> None:
         """Update everything that the next version publishes; nothing if the mean is refused."""
         self._warn_of_equals(closed)
-        if not closed.finite:
-            return
         split = self._joint.presence_bytes
-        presence = np.bitwise_or.reduce([extras[:split] for extras in closed.extras])
-        self._flat.assign_gradients(self._mean, bytes(presence[: len(self._flat.parameters)]))
-        self._update.apply()
+        if (spans := self._update.spans(self._flat.places)) and closed.descend(spans):
+            self._update.descended()
+        elif not closed.finite:
+            return
+        else:
+            presence = np.bitwise_or.reduce([extras[:split] for extras in closed.extras])
+            self._flat.assign_gradients(self._mean, bytes(presence[: len(self._flat.parameters)]))
+            self._update.apply()
         if self._extras.size:
             self._flat.buffers.average(self._extras, [extras[split:] for extras in closed.extras])
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from mpisync.aggregation.sums import Span
+from mpisync.kernels.dtypes import DTYPES
+from mpisync.kernels.fold import Reducer
+from mpisync.session.places import Place
+
+_FRILLS = ("momentum", "weight_decay", "nesterov", "maximize", "differentiable", "fused")
 
 
 class Update:
@@ -34,14 +43,60 @@ class Update:
         self._parameters, self._optimizer, self._scheduler = parameters, optimizer, scheduler
         self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
 
+    def spans(self, places: Sequence[Place]) -> list[Span]:
+        """Where the next update is theta - rate * mean and nothing else: the parameters and their rates; else none.
+
+        That is `torch.optim.SGD` as it comes, with no hook that might want to see its gradients.
+        """
+        if self._clip_norm is not None or not _is_plain(self._optimizer) or not _fuses_like_torch():
+            return []
+        rates: dict[nn.Parameter, float] = {}
+        for group in self._optimizer.param_groups:
+            if any(group.get(name) for name in _FRILLS) or not isinstance(group["lr"], float):
+                return []
+            rates.update(dict.fromkeys(group["params"], group["lr"]))
+        spans: list[Span] = []
+        for parameter, place in zip(self._parameters, places, strict=True):
+            start, rate = place.offset, rates.get(parameter, 0.0)
+            if spans and (spans[-1].segment, spans[-1].rate) == (place.segment, rate):
+                start = spans.pop().start  # what lies between parameters is zero, and stays so
+            spans.append(Span(place.segment, start, place.offset + place.count, rate))
+        return spans
+
+    def descended(self) -> None:
+        """Follow an update of the parameters that was not the optimizer's own doing."""
+        vars(self._optimizer)["_opt_called"] = True  # else a scheduler warns that no step went before its own
+        self.follow()
+
     def apply(self) -> None:
         """Update the parameters from their gradients, which they keep."""
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self._optimizer.step()
+        self.follow()
+
+    def follow(self) -> None:
+        """Do what follows on an update: step the scheduler, move the average."""
         if self._scheduler is not None:
             self._scheduler.step()
         if self._decay is not None:
             with torch.no_grad():
                 current = [parameter.data for parameter in self._parameters]
                 torch._foreach_lerp_(self._average, current, 1 - self._decay)
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer is torch's own SGD's and nothing more."""
+    step = vars(optimizer).get("step")  # a scheduler puts a wrapper there
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return type(optimizer) is SGD and not hooks and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+
+
+@cache
+def _fuses_like_torch() -> bool:
+    """Whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
+    mean, before = torch.rand(1037, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 1037)
+    after = before.numpy().copy()
+    Reducer().descend(after, [mean.numpy()], DTYPES["float32"], rate=0.3)
+    return torch.equal(torch.from_numpy(after), before.add(mean, alpha=-0.3))

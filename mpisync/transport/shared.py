@@ -21,6 +21,7 @@ sees the other.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -250,7 +251,7 @@ class SharedWorkerLink(WorkerLink):
         ring = fetch_add(bells, _BELL, 1) + 1
         fence()  # pairs with the root's in `wait`
         is_due = (ring - load_acquire(bells, _WAKE_AT)) & _MASK <= _MASK >> 1
-        if is_due or header.kind != Kind.GRADIENT or header.flags or self.is_behind(header.version):
+        if is_due or header.kind != Kind.GRADIENT or header.peak == math.inf or self.is_behind(header.version):
             fetch_add(bells, _WAKE, 1)
             self._wake.wake()
 

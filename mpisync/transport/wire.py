@@ -52,9 +52,7 @@ class Status(enum.IntEnum):
     NOTED = 4  # LEAVE, STOP, FAIL, BYE: heard
 
 
-NOT_FINITE = 1  # header flag: the worker found NaN or Inf in its gradient
-
-_HEADER = struct.Struct("<QBBHiqqqqqddddQ160s")
+_HEADER = struct.Struct("<QB3xiqqqqqddddQd160s")
 _REPLY = struct.Struct("<QBBHiqqqqqdii416s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
@@ -65,7 +63,6 @@ class Header(NamedTuple):
 
     incarnation: int
     kind: int
-    flags: int
     worker: int
     ordinal: int  # numbers this worker's messages from 1; replies quote it
     sequence: int  # numbers its computations from 0
@@ -77,21 +74,22 @@ class Header(NamedTuple):
     data_s: float
     stamp_s: float  # CLOCK_MONOTONIC when the gradient was complete
     fingerprint: int
+    peak: float = 0.0  # the largest magnitude in the gradient; inf where it has NaN or Inf
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview) -> None:
         """Write the struct at the start of `buffer`."""
         _HEADER.pack_into(
-            buffer, 0, self.incarnation, self.kind, self.flags, 0, self.worker, self.ordinal,
+            buffer, 0, self.incarnation, self.kind, self.worker, self.ordinal,
             self.sequence, self.version, self.samples, self.handed, self.loss, self.compute_s,
-            self.data_s, self.stamp_s, self.fingerprint, clip_text(self.text, 160),
+            self.data_s, self.stamp_s, self.fingerprint, self.peak, clip_text(self.text, 160),
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview) -> Header:
         """Read the struct at the start of `buffer`."""
-        incarnation, kind, flags, _, *rest, text = _HEADER.unpack_from(buffer, 0)
-        return cls._make((incarnation, kind, flags, *rest, _text(text)))
+        *fields, text = _HEADER.unpack_from(buffer, 0)
+        return cls._make((*fields, _text(text)))
 
 
 class Reply(NamedTuple):
