@@ -56,7 +56,8 @@ def k_async_error(
     """Bound E[F(w_J)] - F* after J updates of K-async SGD at a constant rate.
 
     That of K-sync with c replaced by cγ', γ' = 1 - γ + p₀/2: staleness slows the decay and raises
-    the floor. Theorem 3 of Dutta et al. (arXiv:1803.01113).
+    the floor. Theorem 3 of Dutta et al. (arXiv:1803.01113), for noise of bounded variance:
+    η ≤ 1/(2L).
 
     Args:
         updates: J.
@@ -81,13 +82,13 @@ def k_async_error(
     slowed = convexity * (1 - gamma + fresh / 2)
     if slowed <= 0:
         return math.inf
-    if not 0 < rate * smoothness <= 1:
-        raise ValueError(f"the bound holds for rates up to 1/L = {1 / smoothness:g}, not {rate:g}")
+    if not 0 < rate * smoothness <= 0.5:
+        raise ValueError(f"the bound holds for rates up to 1/(2L) = {0.5 / smoothness:g}, not {rate:g}")
     return _bound(updates, rate, slowed, rate * smoothness * variance / (2 * slowed * k * batch), gap)
 
 
 def _bound(updates: float, rate: float, convexity: float, floor: float, gap: float) -> float:
-    return floor + (1 - rate * convexity) ** updates * (gap - floor)
+    return floor + math.pow(1 - rate * convexity, updates) * (gap - floor)
 
 
 def selection_bias(backup: int, workers: int) -> float:

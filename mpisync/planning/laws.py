@@ -58,6 +58,14 @@ class Independent(ABC):
     def at_hazard(self, hazard: Seconds) -> Seconds:
         """Return the time that is exceeded with probability exp(-hazard), in seconds."""
 
+    @abstractmethod
+    def hazard(self, times_s: Seconds) -> Seconds:
+        """Return -log P(T > t), the inverse of `at_hazard`; 0 below the law's least time."""
+
+    @abstractmethod
+    def log_density(self, times_s: Seconds) -> Seconds:
+        """Return the logarithm of the density, per second, at times not below the law's least."""
+
     def expected_s(self) -> float:
         """Return the mean, in seconds; infinite where the tail is too heavy."""
         return float(self.order_statistics_s(1)[0])
@@ -147,6 +155,14 @@ class Exponential(Independent):
         """Return the time that is exceeded with probability exp(-hazard), in seconds."""
         return self.mean_s * hazard
 
+    def hazard(self, times_s: Seconds) -> Seconds:
+        """Return -log P(T > t), the inverse of `at_hazard`; 0 below the law's least time."""
+        return times_s / self.mean_s
+
+    def log_density(self, times_s: Seconds) -> Seconds:
+        """Return the logarithm of the density, per second, at times not below the law's least."""
+        return -self.hazard(times_s) - math.log(self.mean_s)
+
     def order_statistics_s(self, workers: int) -> Seconds:
         """Return E[X_(K:P)] for K = 1..P in seconds: the K spacings have means mean / (P-i+1)."""
         spacings: Seconds = np.cumsum(self.mean_s / np.arange(workers, 0, -1.0))
@@ -176,6 +192,14 @@ class ShiftedExponential(Independent):
         """Return the time that is exceeded with probability exp(-hazard), in seconds."""
         return self.shift_s + self.excess_s * hazard
 
+    def hazard(self, times_s: Seconds) -> Seconds:
+        """Return -log P(T > t), the inverse of `at_hazard`; 0 below the law's least time."""
+        return np.maximum(times_s - self.shift_s, 0.0) / self.excess_s
+
+    def log_density(self, times_s: Seconds) -> Seconds:
+        """Return the logarithm of the density, per second, at times not below the law's least."""
+        return -self.hazard(times_s) - math.log(self.excess_s)
+
     def order_statistics_s(self, workers: int) -> Seconds:
         """Return E[X_(K:P)] for K = 1..P, in seconds."""
         return self.shift_s + Exponential(self.excess_s).order_statistics_s(workers)
@@ -204,6 +228,14 @@ class Pareto(Independent):
     def at_hazard(self, hazard: Seconds) -> Seconds:
         """Return the time that is exceeded with probability exp(-hazard), in seconds."""
         return self.scale_s * np.exp(hazard / self.alpha)
+
+    def hazard(self, times_s: Seconds) -> Seconds:
+        """Return -log P(T > t), the inverse of `at_hazard`; 0 below the law's least time."""
+        return self.alpha * np.log(np.maximum(times_s / self.scale_s, 1.0))
+
+    def log_density(self, times_s: Seconds) -> Seconds:
+        """Return the logarithm of the density, per second, at times not below the law's least."""
+        return -self.hazard(times_s) + math.log(self.alpha) - np.log(times_s)
 
     def order_statistics_s(self, workers: int) -> Seconds:
         """Return E[X_(K:P)] for K = 1..P, in seconds."""
@@ -243,6 +275,16 @@ class Lognormal(Independent):
         times: Seconds = self.median_s * np.exp(self.sigma * z)
         return times
 
+    def hazard(self, times_s: Seconds) -> Seconds:
+        """Return -log P(T > t), the inverse of `at_hazard`; 0 below the law's least time."""
+        hazard: Seconds = -special_functions().log_ndtr(-np.log(times_s / self.median_s) / self.sigma)
+        return hazard
+
+    def log_density(self, times_s: Seconds) -> Seconds:
+        """Return the logarithm of the density, per second, at times not below the law's least."""
+        z = np.log(times_s / self.median_s) / self.sigma
+        return -(z**2) / 2 - np.log(times_s * self.sigma * math.sqrt(2 * math.pi))
+
     def sample(self, rng: np.random.Generator, steps: int, workers: int) -> Seconds:
         """Draw the seconds that each worker takes for a gradient in each step: (steps, workers)."""
         return self.median_s * np.exp(self.sigma * rng.standard_normal((steps, workers)))
@@ -271,3 +313,12 @@ class Weibull(Independent):
     def at_hazard(self, hazard: Seconds) -> Seconds:
         """Return the time that is exceeded with probability exp(-hazard), in seconds."""
         return self.scale_s * hazard ** (1 / self.shape)
+
+    def hazard(self, times_s: Seconds) -> Seconds:
+        """Return -log P(T > t), the inverse of `at_hazard`; 0 below the law's least time."""
+        return (times_s / self.scale_s) ** self.shape
+
+    def log_density(self, times_s: Seconds) -> Seconds:
+        """Return the logarithm of the density, per second, at times not below the law's least."""
+        relative = times_s / self.scale_s
+        return -self.hazard(times_s) + math.log(self.shape / self.scale_s) + (self.shape - 1) * np.log(relative)
