@@ -68,8 +68,9 @@ def times_of_run(path: str | os.PathLike[str]) -> RunTimes:
     if steps[-1].alive < header.workers:
         notes.append(f"{header.workers - steps[-1].alive} of {header.workers} workers were dead at the end")
     _count_silent(header, steps, found[0], first, notes)
-    took_s = steps[-1].published_s - steps[0].opened_s
-    return RunTimes(*found, header.hosts, header.policy, _overhead_s(steps), took_s / len(steps), steps, notes)
+    later = steps[min(5, len(steps) // 10) :]  # without the warm-up
+    step_s = (later[-1].published_s - later[0].opened_s) / len(later)
+    return RunTimes(*found, header.hosts, header.policy, _overhead_s(steps), step_s, steps, notes)
 
 
 def _by_version(
