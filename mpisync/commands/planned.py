@@ -30,7 +30,7 @@ def show(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> None:
     if advice.choices is None:
         return
     _table("What each number of backups costs and gains, against b = 0", *_choices(advice.choices, advice.backup))
-    print(_legend(advice.choices, columns))
+    print(_legend(advice.choices, advice.backup, columns))
     if law is None:
         _table(_workers_title(advice), *_workers(advice))
     if fits:
@@ -67,13 +67,13 @@ def _shown(made: Choices, advised: int | None) -> list[Choice]:
     return [options[i] for i in sorted(kept)]
 
 
-def _legend(made: Choices, columns: int) -> str:
+def _legend(made: Choices, advised: int | None, columns: int) -> str:
     noise = "accepted samples alone" if math.isinf(made.efficiency.noise) else f"1 + {made.efficiency.noise:.3g}/N"
     text = (
         "step: late workers finish their gradients; if stopped: they stop at once. per machine: accepted gradients a "
         f"second. gain: of time to the target, counted by {noise}. discarded: of the computing."
     )
-    if made.best.backup:
+    if advised == made.best.backup > 0:
         text += " advised: the fewest within 0.5 % of the best."
     if made.overhead_s:
         text += f" A step includes {seconds(made.overhead_s)} beyond computing."

@@ -106,9 +106,14 @@ def advise(
         *words.noise(best, made),
         *words.policy(made.best, deadline),
         *words.discarding(best, by_cost, straggling),
-        *([] if is_law else words.others(others, straggling, observed)),
+        *([] if is_law else words.others(others, straggling)),
         *words.check(observed, made),
     ]
+    if straggling.slow and verdict == "rebalance":
+        usual = [c for c in range(workers) if c not in {one.column for one in straggling.slow}]
+        if len(usual) > 1:
+            rest = choices(times_s[:, usual], efficiency, overhead_s=observed.overhead_s, late_stop=late_stop)
+            reasons.append(words.rest(rest))
     if not is_law and _regime_changes(times_s, made, late_stop):
         reasons.append("The two halves of the run want different b: `Adaptive` follows such changes.")
     return Advice(

@@ -20,8 +20,8 @@ __all__ = ["draw"]
 # Okabe and Ito's colours, which the colour-blind tell apart; dashes tell them apart in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 _LAWS_DRAWN = 3
-_MOST_CELLS = 400  # of the picture of all times, in each direction
-_LEAST_GAIN = 0.7  # choices that lose more are off the plot
+_MOST_CELLS = 200  # of the picture of all times, in each direction
+_LEAST_GAIN, _FARTHEST = 0.8, 6  # choices that lose more, or have more times as many backups, are off the plot
 
 
 def draw(advice: Advice, fits: list[Fit], path: str) -> None:
@@ -82,11 +82,13 @@ def _waiting(axes: Axes, times_s: Seconds, fits: list[Fit], backup: int | None) 
     axes.set(title="Waiting for the k-th gradient", xlabel=f"k of {workers} workers", ylabel="time in the step (s)")
     _whole(axes)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="lower right" if low[0] > 0.4 * high[-1] else "upper left")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="lower left" if low[0] > 0.4 * high[-1] else "upper left")
 
 
 def _gains(axes: Axes, made: Choices, backup: int | None) -> None:
-    shown = [one for one in made.options if one.gain >= _LEAST_GAIN]
+    last = max(10, _FARTHEST * made.best.backup)
+    shown = [one for one in made.options if one.gain >= _LEAST_GAIN and one.backup <= last]
     b = [one.backup for one in shown]
 
     def percent(name: str) -> list[float]:
@@ -104,10 +106,10 @@ def _gains(axes: Axes, made: Choices, backup: int | None) -> None:
         axes.plot([backup], [at], marker="o", markersize=11, markerfacecolor="none", color=_GREY, linestyle="none",
                   label=f"advised: b = {backup}")  # fmt: skip
     noise = made.efficiency.noise
-    basis = "noise not known: samples count" if np.isinf(noise) else f"N_c = {noise:.3g}"
+    basis = "noise not known: samples count" if np.isinf(noise) else f"$N_c$ = {noise:.3g}"
     axes.set(title=f"Gain over b = 0 ({basis})", xlabel="backup workers b", ylabel="gain (%)")
     _whole(axes)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # curves go anywhere
 
 
 def _picture(axes: Axes, advice: Advice, figure: Any) -> None:
@@ -132,7 +134,7 @@ def _picture(axes: Axes, advice: Advice, figure: Any) -> None:
 
 
 def _blocks(values: Seconds) -> Seconds:
-    """Reduce an array to the longest times of at most 400 × 400 cells."""
+    """Reduce an array to the longest times of at most 200 × 200 cells."""
     for axis in (0, 1):
         size = values.shape[axis]
         if size > _MOST_CELLS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import median
 
 from mpisync.planning.bounds import selection_bias
 from mpisync.planning.choices import Choice, Choices, DeadlineChoice
@@ -119,7 +120,8 @@ def rebalance(found: Straggling, remedies: Remedies, best: Choice, observed: Obs
             f"(weight=\"samples\") all is {faster(remedies.rebalanced, 'now')}; {_split(best)} is {faster(best.gain)}."
         )
     slow, one = found.slow, len(found.slow) == 1
-    share = remedies.shares[slow[0].column] / remedies.shares.max()
+    usual = [c for c in range(len(remedies.shares)) if c not in {each.column for each in slow}]
+    share = remedies.shares[slow[0].column] / median(remedies.shares[usual])
     return (
         f"Rebalance or exclude {_workers(slow, observed)}: {'it takes' if one else 'they take'} {slow[0].ratio:.2f} "
         f"times as long as the others in {slow[0].share:.0%} of the steps. With a batch {share:.2f} times as large as "
@@ -249,7 +251,7 @@ def discarding(best: Choice, by_cost: Seconds, found: Straggling) -> list[str]:
     return lines
 
 
-def others(remedies: Remedies, found: Straggling, observed: Observed) -> list[str]:
+def others(remedies: Remedies, found: Straggling) -> list[str]:
     """What else would help."""
     lines = []
     if remedies.data_share > 0.5:
@@ -268,9 +270,16 @@ def others(remedies: Remedies, found: Straggling, observed: Observed) -> list[st
             "Light, independent and transient is how batches of unequal cost look (sequence lengths). Batches of equal "
             f"cost would be up to {faster(remedies.equal, 'now')}."
         )
-    if found.slow and len(observed.workers) - len(found.slow) > 1:
-        lines.append("That done, run some 200 steps more and ask again: the others' stragglers show then.")
     return lines
+
+
+def rest(made: Choices) -> str:
+    """What backups would do among those that are not slow."""
+    workers = made.options[0].accepted
+    if not made.best.backup:
+        return f"The other {workers} workers alone need no backups."
+    gain = faster(made.best.gain, "with b = 0")
+    return f"With the other {workers} workers alone, {_split(made.best)} is {gain}."
 
 
 def check(observed: Observed, made: Choices) -> list[str]:
