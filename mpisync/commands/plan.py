@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "plan"
 
-_MOST_DRAWN = 20_000_000  # times of a law
+_MOST_DRAWN = 5_000_000  # times of a law
 _FEWEST_STEPS, _MOST_STEPS = 100, 2000  # drawn of it
 _LONG_WORK = 3_000_000  # times, from which a bar is shown
 

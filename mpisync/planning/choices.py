@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpisync.planning.bounds import discarded_work
 from mpisync.planning.efficiency import Efficiency
 from mpisync.planning.empirical import block_steps
 from mpisync.planning.laws import Seconds
@@ -130,7 +129,7 @@ def choices(
         took = np.stack([took[:, 0], *played], axis=1)
     stopped = (ordered.mean(axis=0) if stopped_s is None else stopped_s)[places] + overhead_s
     step = stopped if late_stop else took.mean(axis=0) + overhead_s
-    accepted = places + 1
+    accepted, work = places + 1, np.cumsum(ordered.sum(axis=0))
     weight = efficiency.relative(accepted)
     drawn = _resampled(took, np.random.default_rng(seed)) + overhead_s
     gains = (weight[0] * drawn[:, :1]) / (weight * drawn)
@@ -143,7 +142,7 @@ def choices(
                 backup, int(accepted[i]), float(step[i]), float(stopped[i]), float(ratio), float(ratio * share),
                 float(ratio * weight[0] / weight[i]), float(low[i]), float(high[i]),
                 float(stopped[0] * weight[0] / (stopped[i] * weight[i])),
-                _pays_below(step[0], step[i], workers, int(accepted[i])), discarded_work(times_s, backup),
+                _pays_below(step[0], step[i], workers, int(accepted[i])), float(1 - work[accepted[i] - 1] / work[-1]),
             )
         )  # fmt: skip
     best = _fewest_near_best(weight * step)

@@ -18,7 +18,7 @@ __all__ = ["LEVEL", "SlowWorker", "Straggling", "diagnose", "slow_events"]
 
 LEVEL = 0.01  # a test below it has found something
 _PERMUTATIONS = 199
-_MOST_TIMES = 200_000  # used by the permutations
+_MOST_TIMES, _MOST_WORKERS = 200_000, 1000  # used by the permutations
 _SLOW_RATIO, _SLOW_SHARE = 1.15, 0.75  # of the others' median, and in so many of the steps: a slow worker
 _EVENT_SPREADS = 4.0  # above the median, in robust standard deviations of log time: an event
 _FEWEST_EVENTS = 0.002  # of all times; with fewer, the slowest 5 % of each worker's are looked at
@@ -170,7 +170,8 @@ def _lag_one(values: Seconds) -> tuple[float, float]:
 
 def _permuted(times_s: Seconds, rng: np.random.Generator) -> tuple[tuple[float, float], tuple[float, float]]:
     """Hold the steps' sums against those of workers whose times are shuffled over the steps."""
-    steps = min(len(times_s), max(50, _MOST_TIMES // times_s.shape[1]))
+    times_s = times_s[:, :_MOST_WORKERS]
+    steps = min(len(times_s), max(200, _MOST_TIMES // times_s.shape[1]))
     times_s = times_s[:steps]
     events = slow_events(times_s)
     if events.mean() < _FEWEST_EVENTS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -92,7 +93,7 @@ class Independent(ABC):
         spread = np.sqrt(_harmonic_squares(workers) - _harmonic_squares(workers - k))
         low = np.log(np.maximum(mean - 12 * spread, 1e-12 * mean))
         high = np.log(mean + 12 * spread + 60 / beyond)
-        nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+        nodes, weights = _quadrature()
         half = ((high - low) / 2)[:, None]
         log_h = low[:, None] + half * (nodes + 1)
         h = np.exp(log_h)
@@ -114,6 +115,12 @@ class Independent(ABC):
             for field in fields(self)  # type: ignore[arg-type]
         )
         return f"{self.NAME}:{values}"
+
+
+@cache
+def _quadrature() -> tuple[Seconds, Seconds]:
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    return nodes, weights
 
 
 def harmonic(n: Seconds | float) -> Seconds:

@@ -15,7 +15,7 @@ from mpisync.policies import StepRecord
 
 __all__ = ["Observed", "observe", "read_times"]
 
-_WARM_UP_FACTOR = 2.0  # steps at the start whose median is so many times that of all are warm-up
+_WARM_UP_FACTOR = 2.0  # steps at the start in which everyone took so many times the median are warm-up
 _LEAST_TIMES = 3  # of a worker, below which nothing can be drawn again for what it lacks
 
 
@@ -151,16 +151,14 @@ def _gaps(times: Seconds, notes: list[str], *, in_a_run: bool) -> NDArray[np.boo
 
 def _warm_up(times: Seconds, notes: list[str]) -> int:
     """Return how many steps at the start are to be left out: there workers load and compile."""
-    with np.errstate(all="ignore"):
-        medians = np.nanmedian(times, axis=1)
-    usual, most = float(np.median(medians)), min(5, len(times) // 10)
-    count = 0
-    while count < most and medians[count] > _WARM_UP_FACTOR * usual:
+    usual, fastest = float(np.nanmedian(times)), np.nanmin(times, axis=1)
+    count, most = 0, min(5, len(times) // 10)
+    while count < most and fastest[count] > _WARM_UP_FACTOR * usual:
         count += 1
     if count:
         notes.append(
-            f"at the start {_many(count, 'step')} left out as warm-up (median {medians[:count].max():.3g} s, "
-            f"later {usual:.3g} s)"
+            f"at the start {_many(count, 'step')} left out as warm-up (everyone took {fastest[0]:.3g} s or more, "
+            f"the median is {usual:.3g} s)"
         )
     return count
 
