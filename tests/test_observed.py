@@ -9,8 +9,9 @@ import pytest
 from playing import cycling, play
 
 from mpisync.planning.observed import observe, read_times
+from mpisync.planning.rollout import backup_step_times, deadline_step_times
 from mpisync.planning.runs import times_of_run
-from mpisync.policies import ArrivalRecord, Async, BackupWorkers, RecordWriter, RunHeader, StepRecord
+from mpisync.policies import ArrivalRecord, Async, BackupWorkers, Deadline, RecordWriter, RunHeader, StepRecord
 
 
 def table(tmp_path, text):
@@ -171,6 +172,34 @@ def test_late_gradients_count_at_the_version_they_were_computed_at(tmp_path):
     assert observed.times_s.tolist() == [[1.0, 1.2, 2.5]] * len(observed.times_s)
     assert any("busy with an older gradient" in note for note in observed.notes)
     assert observed.hosts == ["node0", "node1", "node2"] and observed.policy == "backup:1"
+
+
+def played_and_rolled(tmp_path, policy, roll, seed):
+    """The seconds of steps as the policy itself is played, and as they are computed from its record."""
+    table = np.random.default_rng(seed).lognormal(0, 0.8, (5, 400))
+    steps = run(lambda worker, sequence: float(table[worker, sequence]), workers=5, steps=60, policy=policy)
+    times = times_of_run(record(tmp_path, steps, workers=5, name=f"{seed}.jsonl")).times_s
+    # A worker that computed nothing at a version was busy: how long it would have taken does not matter.
+    # What it was computing at the end is not in the record, so the last steps are left out.
+    known = int(np.isfinite(times).cumsum(axis=0).argmax(axis=0).min())
+    whole = np.where(np.isfinite(times), times, 1e6)[:known]
+    return [step.closed_s - step.opened_s for step in steps][:known], roll(whole)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("backup", [0, 1, 3])
+def test_steps_computed_from_times_are_those_of_the_policy_itself(tmp_path, backup, seed):
+    policy = BackupWorkers(backup)
+    played, rolled = played_and_rolled(tmp_path, policy, lambda x: backup_step_times(x, backup), seed)
+    assert len(played) > 20 and rolled == pytest.approx(played)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_deadlines_computed_from_times_are_those_of_the_policy_itself(tmp_path, seed):
+    played, rolled = played_and_rolled(
+        tmp_path, Deadline(1.0, at_least=2), lambda x: deadline_step_times(x, 1.0, 2)[0], seed
+    )
+    assert len(played) > 20 and rolled == pytest.approx(played)
 
 
 def test_times_beyond_n_are_not_censored(tmp_path):

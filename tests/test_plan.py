@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mpisync.planning.composite import Composite, chen2016
 from mpisync.planning.efficiency import Efficiency, fit_iterations
 from mpisync.planning.laws import Lognormal
 from mpisync.planning.observed import observe, read_times
+from mpisync.policies import BackupWorkers
 
 TRACE = "tests/data/bytedance_SE_dp_compute_seconds_42x32.csv"
 PAPER = ["--iterations", "50:137500", "--iterations", "100:76200"]
@@ -181,8 +183,6 @@ def test_a_record_is_planned_and_the_model_held_against_its_own_steps(capsys, tm
 
 
 def test_a_record_with_norms_tells_the_noise(capsys, tmp_path):
-    from dataclasses import replace
-
     steps = run(delays(), workers=4, steps=60)
     k, noise = 3, 5.0  # ‖ḡ‖² = 1 + 5/3, Σ‖g‖² = 3·(1 + 5)
     steps = [replace(step, norms=(k * (1 + noise), 1 + noise / k)) for step in steps]
@@ -193,8 +193,6 @@ def test_a_record_with_norms_tells_the_noise(capsys, tmp_path):
 
 
 def test_torn_gapped_and_wrong_records_are_used_as_far_as_they_go(capsys, tmp_path):
-    from dataclasses import replace
-
     steps = run(delays(), workers=4, steps=100)
     wrong = [replace(one, compute_s=float("nan")) for one in steps[7].arrivals]
     steps[7] = replace(steps[7], arrivals=wrong)
@@ -219,7 +217,36 @@ def test_other_numbers_of_workers_than_the_runs(capsys, tmp_path):
     assert same["law"] is None
 
 
+def falling(steps, losses):
+    """Give the steps' gradients these losses."""
+    return [
+        replace(step, arrivals=[replace(one, loss=loss) for one in step.arrivals])
+        for step, loss in zip(steps, losses, strict=True)
+    ]
+
+
+def test_runs_at_several_n_tell_how_many_updates_a_target_takes(capsys, tmp_path):
+    paths = []
+    for backup, reached in [(0, 60), (2, 110)]:  # J(4) = 60, J(2) = 110: J = 10·(1 + 20/N)
+        steps = run(delays(), workers=4, steps=160, policy=BackupWorkers(backup))
+        steps = falling(steps, [1.0] * (reached - 20) + [0.1] * (180 - reached))
+        paths.append(record(tmp_path, steps, workers=4, policy=f"backup:{backup}", name=f"{backup}.jsonl"))
+    found = planned(capsys, paths[0], "--target-loss", 0.1001, "--runs", paths[1])
+    assert found["efficiency"]["noise"] == pytest.approx(20) and found["efficiency"]["floor"] == pytest.approx(10)
+    assert main(["plan", paths[0], "--target-loss", "0.01", "--runs", paths[1]]) == 1
+    assert "did not reach a training loss of 0.01" in capsys.readouterr().err
+
+
 # Laws.
+
+
+def test_a_tail_without_a_mean_is_said(capsys):
+    for stale in ([], ["--stale"]):
+        arguments = ["--delay", "pareto:scale=1,alpha=0.4", "--workers", 8, "--steps", 200, *stale]
+        found = planned(capsys, *arguments)
+        assert found["backup"] > 2  # P-K+1 must exceed 2.5
+        assert any("the mean time to the last 2 gradients is infinite" in reason for reason in found["reasons"])
+        assert "nan" not in plan(capsys, *arguments)
 
 
 def test_a_thousand_workers_of_a_law(capsys):
@@ -274,7 +301,8 @@ def test_a_terminal_gets_tables_by_rich(capsys, monkeypatch, trace):
         (["--delay", "chen2016", "--workers", "0"], "--workers must be at least 1, not 0"),
         (["--delay", "chen2016", "--workers", "9", "--iterations", "3"], "must be N:J, as in 50:137500, not '3'"),
         (["--delay", "chen2016", "--workers", "9", "--iterations", "3:9"], "two different N"),
-        (["--delay", "chen2016", "--workers", "9", "--iterations", "3:9", "--noise-scale", "1"], "not both"),
+        (["--delay", "chen2016", "--workers", "9", "--iterations", "3:9", "--noise-scale", "1"], "give one of"),
+        (["--delay", "chen2016", "--workers", "9", "--runs", "a.jsonl"], "--runs are for --target-loss"),
         (["--delay", "chen2016", "--workers", "9", "--noise-scale", "-1"], "must not be negative"),
         (["--delay", "chen2016", "--workers", "9", "--overhead", "-1"], "--overhead must be seconds from 0"),
         (["--delay", "chen2016", "--workers", "9", "--steps", "-1"], "--steps must be at least 1"),

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="updates J that a run with N gradients in each took to the target; give it for two N or more",
     )
     parser.add_argument(
+        "--target-loss", type=float, metavar="LOSS",
+        help="take the updates to this training loss from the records: of RUN and of --runs, at other N",
+    )
+    parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="more records, for --target-loss")
+    parser.add_argument(
         "--overhead", type=float, metavar="SECONDS",
         help="what every step takes beyond its slowest gradient; the record's by default, else 0",
     )
@@ -166,10 +171,15 @@ def _efficiency(options: argparse.Namespace, observed: "Observed") -> "Efficienc
     from mpisync.planning.advice import UNKNOWN_NOISE
     from mpisync.planning.efficiency import Efficiency, fit_iterations, noise_from_steps
 
-    if options.iterations and options.noise_scale is not None:
-        raise ValueError("give --iterations or --noise-scale, not both: either tells J(N)")
+    given = [bool(options.iterations), options.noise_scale is not None, options.target_loss is not None]
+    if sum(given) > 1:
+        raise ValueError("give one of --iterations, --noise-scale and --target-loss: each tells J(N)")
+    if options.runs and options.target_loss is None:
+        raise ValueError("--runs are for --target-loss: say which loss they were to reach")
     if options.iterations:
         return fit_iterations([_pair(text) for text in options.iterations])
+    if options.target_loss is not None:
+        return fit_iterations(_reached(options.target_loss, [options.source, *options.runs]))
     if options.noise_scale is not None:
         return Efficiency(options.noise_scale)
     return noise_from_steps(observed.steps, seed=options.seed) or UNKNOWN_NOISE
@@ -181,6 +191,25 @@ def _pair(text: str) -> tuple[float, float]:
         return float(n), float(iterations)
     except ValueError:
         raise ValueError(f"--iterations must be N:J, as in 50:137500, not {text!r}") from None
+
+
+def _reached(loss: float, paths: list[str | None]) -> list[tuple[float, float]]:
+    """Return N and the updates to a loss of each run."""
+    from statistics import fmean
+
+    from mpisync.planning.efficiency import iterations_to_loss
+    from mpisync.policies import read_record
+
+    pairs = []
+    for path in paths:
+        if path is None:
+            continue
+        steps = read_record(path)[1]
+        iterations = iterations_to_loss(steps, loss)
+        if iterations is None:
+            raise ValueError(f"the run {path} did not reach a training loss of {loss:g} (mean of 20 steps)")
+        pairs.append((fmean(len(step.accepted) for step in steps), float(iterations)))
+    return pairs
 
 
 def _bar(observed: "Observed"):  # type: ignore[no-untyped-def]  # noqa: ANN202

@@ -102,6 +102,7 @@ def advise(
     deadline = best_deadline(times_s, efficiency, overhead_s=observed.overhead_s) if steps * workers < 1e7 else None
     reasons = [
         *words.straggling(straggling, observed)[: 1 if is_law else None],
+        *words.infinite(stopped_s),
         *words.sureness(best, made, steps, is_law=is_law, late_stop=late_stop),
         *words.noise(best, made),
         *words.policy(made.best, deadline),

@@ -136,12 +136,12 @@ def choices(
     low, high = np.quantile(gains, [0.025, 0.975], axis=0) if steps > 1 else np.full((2, len(places)), math.nan)
     options = []
     for i, backup in enumerate(backups):
-        ratio, share = step[0] / step[i], accepted[i] / workers
+        ratio, share = _times(step[0], step[i]), accepted[i] / workers
         options.append(
             Choice(
                 backup, int(accepted[i]), float(step[i]), float(stopped[i]), float(ratio), float(ratio * share),
                 float(ratio * weight[0] / weight[i]), float(low[i]), float(high[i]),
-                float(stopped[0] * weight[0] / (stopped[i] * weight[i])),
+                float(_times(stopped[0], stopped[i]) * weight[0] / weight[i]),
                 _pays_below(step[0], step[i], workers, int(accepted[i])), float(1 - work[accepted[i] - 1] / work[-1]),
             )
         )  # fmt: skip
@@ -166,8 +166,17 @@ def _fewest_near_best(cost: Seconds) -> int:
     return int(np.flatnonzero(cost <= (1 + _FLAT) * cost.min())[0])
 
 
+def _times(all_s: float, step_s: float) -> float:
+    """Divide times that may be infinite, as means of a heavy tail are."""
+    if math.isinf(step_s):
+        return 1.0 if math.isinf(all_s) else 0.0
+    return all_s / step_s
+
+
 def _pays_below(all_s: float, step_s: float, workers: int, accepted: int) -> float:
     """Solve (1 + N_c/N) T_N = (1 + N_c/P) T_P for N_c."""
+    if math.isinf(step_s):
+        return 0.0
     saved, paid = all_s - step_s, step_s / accepted - all_s / workers
     if paid <= 0:
         return math.inf if saved > 0 else 0.0

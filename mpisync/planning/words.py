@@ -176,6 +176,17 @@ def straggling(found: Straggling, observed: Observed) -> list[str]:
     return lines
 
 
+def infinite(stopped_s: Seconds | None) -> list[str]:
+    """Whether the law has no mean to wait for."""
+    endless = 0 if stopped_s is None else sum(map(math.isinf, stopped_s))
+    if not endless:
+        return []
+    return [
+        f"The tail of this law is so heavy that the mean time to the last {many(endless, 'gradient')} is infinite: "
+        "what is said of few backups is what the steps drawn had, and more of them would say worse."
+    ]
+
+
 def _on(observed: Observed, column: int) -> str:
     return f" on {observed.hosts[column]}" if observed.hosts else ""
 
