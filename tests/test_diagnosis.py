@@ -40,6 +40,12 @@ def test_independent_times_are_seldom_said_to_be_dependent(law):
     assert sum(one.is_independent for one in found) >= 52 and not any(one.slow for one in found)
 
 
+def test_few_steps_of_many_workers_do_not_seem_to_last():
+    # Ranks without replacement correlate by -1/n: of 64 workers that would be 2 standard errors.
+    p = [diagnose(Lognormal(1.0, 0.2).sample(rng(seed), 15, 64)).autocorrelation_p for seed in range(40)]
+    assert (np.array(p) < 0.05).sum() <= 6
+
+
 @pytest.mark.parametrize(
     "name, law",
     [

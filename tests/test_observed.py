@@ -216,6 +216,13 @@ def test_overhead_is_what_a_step_takes_beyond_its_computation(tmp_path):
     assert times_of_run(record(tmp_path, steps)).overhead_s == pytest.approx(0.03)
 
 
+def test_what_began_late_in_a_step_is_no_overhead(tmp_path):
+    # Workers 1 to 4 are late every other time, begin half a step late, and are still in time then.
+    delay = cycling([[1.0], *[[1.5 + 0.01 * w, 0.2 + 0.01 * w] for w in range(4)]])
+    steps = run(delay, workers=5, policy=BackupWorkers(4), steps=40, latency=0.01)
+    assert times_of_run(record(tmp_path, steps, workers=5)).overhead_s == pytest.approx(0.01)
+
+
 def test_waiting_for_data_is_a_part_of_the_time(tmp_path):
     steps = run(cycling([[1.0], [1.2], [1.4]]), data=0.3, samples=32)
     observed = read_times(record(tmp_path, steps))

@@ -157,8 +157,9 @@ def test_a_regime_that_changes_is_noticed():
     second = heavy.sample(np.random.default_rng(1), 100, 16)
     changing = advise(observe(np.concatenate([first, second])))
     assert any("`Adaptive` follows such changes" in reason for reason in changing.reasons)
-    steady = advise(observe(heavy.sample(np.random.default_rng(2), 200, 16)))
-    assert not any("Adaptive" in reason for reason in steady.reasons)
+    for seed in range(10):
+        steady = advise(observe(heavy.sample(np.random.default_rng(seed), 60, 16)))
+        assert not any("Adaptive" in reason for reason in steady.reasons)
 
 
 # A run's record.
