@@ -1,6 +1,6 @@
 """Check the planning against what it must reproduce: closed forms, the straggler study, the trace.
 
-    python benchmarks/planning.py            a few minutes on one core; no MPI
+    python benchmarks/planning.py            about a minute on one core; no MPI
 
 Closed forms and quadratures: 10^6 steps of every law at several (K, P), as a number of standard
 errors of the Monte Carlo. The straggler study of Chen et al. under the calibrated law. The gains on
@@ -35,7 +35,9 @@ TRACE = Path(__file__).parents[1] / "tests/data/bytedance_SE_dp_compute_seconds_
 PAPER = fit_iterations([(50, 137.5e3), (100, 76.2e3)])
 
 
-def closed_forms(law: Independent, workers: int, ks: tuple[int, ...], steps: int, seed: int) -> list[tuple[int, float, float]]:
+def closed_forms(
+    law: Independent, workers: int, ks: tuple[int, ...], steps: int, seed: int
+) -> list[tuple[int, float, float]]:
     """Return (K, E[T_(K:P)], deviation of the Monte Carlo in its standard errors)."""
     rng = np.random.default_rng([seed, workers])
     total, squares, done = np.zeros(workers), np.zeros(workers), 0

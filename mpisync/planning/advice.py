@@ -106,6 +106,7 @@ def advise(
         *words.sureness(best, made, steps, is_law=is_law, late_stop=late_stop),
         *words.noise(best, made),
         *words.policy(made.best, deadline),
+        *words.asynchronous(best, made, straggling.mean_s),
         *words.discarding(best, by_cost, straggling),
         *([] if is_law else words.others(others, straggling)),
         *words.check(observed, made),

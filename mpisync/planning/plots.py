@@ -21,6 +21,7 @@ __all__ = ["draw"]
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 _LAWS_DRAWN = 3
 _MOST_CELLS = 200  # of the picture of all times, in each direction
+_LOGARITHMIC = 3  # times the median from which colours are on a logarithmic scale
 _LEAST_GAIN, _FARTHEST = 0.8, 6  # choices that lose more, or have more times as many backups, are off the plot
 
 
@@ -113,15 +114,22 @@ def _gains(axes: Axes, made: Choices, backup: int | None) -> None:
 
 
 def _picture(axes: Axes, advice: Advice, figure: Any) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+
     times_s = advice.observed.times_s
     blocks = _blocks(times_s / np.median(times_s))
-    top = max(float(np.quantile(blocks, 0.995)), 1.02)
+    low, top = float(np.quantile(blocks, 0.005)), max(float(np.quantile(blocks, 0.995)), 1.02)
     steps, workers = times_s.shape
     image = axes.imshow(
-        blocks.T, aspect="auto", origin="lower", interpolation="nearest", cmap="cividis", vmin=min(1.0, blocks.min()),
-        vmax=top, extent=(-0.5, steps - 0.5, -0.5, workers - 0.5),
+        blocks.T, aspect="auto", origin="lower", interpolation="nearest", cmap="cividis",
+        norm=(LogNorm if top > _LOGARITHMIC else Normalize)(min(1.0, low), top),
+        extent=(-0.5, steps - 0.5, -0.5, workers - 0.5),
     )  # fmt: skip
-    bar = figure.colorbar(image, ax=axes, extend="max")
+    bar = figure.colorbar(image, ax=axes, extend="both")
+    if top > _LOGARITHMIC:
+        ticks = [x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000, 10_000) if min(1.0, low) <= x <= top]
+        bar.set_ticks(ticks, labels=[f"{x:g}" for x in ticks], minor=False)
+        bar.minorticks_off()
     bar.set_label("time / median of all")
     bar.outline.set_visible(False)
     coarse = " (longest of each cell)" if blocks.shape != times_s.shape else ""

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def times_of_run(path: str | os.PathLike[str]) -> RunTimes:
     _count_silent(header, steps, found[0], first, notes)
     later = steps[min(5, len(steps) // 10) :]  # without the warm-up
     step_s = (later[-1].published_s - later[0].opened_s) / len(later)
-    return RunTimes(*found, header.hosts, header.policy, _overhead_s(steps), step_s, steps, notes)
+    return RunTimes(*found, header.hosts, header.policy, _overhead_s(later), step_s, steps, notes)
 
 
 def _by_version(
@@ -136,7 +136,7 @@ def _overhead_s(steps: list[StepRecord]) -> float:
     for step in steps:
         beyond += [x for a in step.arrivals if a.worker in fresh and (x := _beyond_s(a, step)) is not None]
         fresh = {worker for worker, _, _ in step.accepted}
-    return (median(beyond) if beyond else 0.0) + median(s.published_s - s.closed_s for s in steps)
+    return (fmean(beyond) if beyond else 0.0) + fmean(s.published_s - s.closed_s for s in steps)
 
 
 def _beyond_s(arrival: ArrivalRecord, step: StepRecord) -> float | None:

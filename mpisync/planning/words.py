@@ -68,12 +68,19 @@ def alike(found: Straggling) -> str:
     )
 
 
+def _if_stopped(best: Choice) -> str:
+    """What is to be added to a gain that supposes that late gradients are finished."""
+    if best.stopped_gain < best.gain + 0.003:
+        return ""
+    return f" ({faster(best.stopped_gain)} if late workers stop early)"
+
+
 def use(made: Choices) -> str:
     """The headline where backups pay."""
     best = made.best
     least = "" if _known(made) else "at least "
     return (
-        f"Use {_split(best)}: training is {least}{faster(best.gain, 'with b = 0')}, its steps "
+        f"Use {_split(best)}: training is {least}{faster(best.gain, 'with b = 0')}{_if_stopped(best)}, its steps "
         f"{faster(best.per_step)}. In code policy=mpisync.BackupWorkers({best.backup}), on the command line "
         f"--policy backup:{best.backup}."
     )
@@ -84,8 +91,9 @@ def little(made: Choices, found: Straggling) -> str:
     best = made.best
     least = "" if _known(made) else "at least "
     return (
-        f"Backups gain little here: with {_split(best)} training is {least}{faster(best.gain, 'with b = 0')}, although "
-        f"the slowest of a step takes {(found.slowest_over_mean - 1) * 100:.0f} % longer than the mean."
+        f"Backups gain little here: with {_split(best)} training is {least}{faster(best.gain, 'with b = 0')}"
+        f"{_if_stopped(best)}, although the slowest of a step takes {(found.slowest_over_mean - 1) * 100:.0f} % longer "
+        "than the mean."
     )
 
 
@@ -98,10 +106,10 @@ def nothing(made: Choices) -> str:
     )
     if _known(made) or first.pays_below <= 0:
         return f"{text}."
-    return (
-        f"{text}; that pays only where the noise scale is below {first.pays_below:.3g} gradients, which --noise-scale "
-        "or --iterations would tell."
-    )
+    tells = "--noise-scale or --iterations would tell"
+    if math.isinf(first.pays_below):
+        return f"{text}: {faster(first.per_sample)} where noise dominates, more where it does not, which {tells}."
+    return f"{text}; that pays only where the noise scale is below {first.pays_below:.3g} gradients, which {tells}."
 
 
 def unsure(best: Choice, steps: int, more: int) -> str:
@@ -241,6 +249,19 @@ def policy(best: Choice, deadline: DeadlineChoice | None) -> list[str]:
             f"{deadline.accepted:.1f} gradients on average; but it must be tuned anew when speeds change."
         ]
     return [f"A deadline is no better: the best, {form}, is {faster(deadline.gain, 'b = 0')}."]
+
+
+def asynchronous(best: Choice, made: Choices, mean_s: float) -> list[str]:
+    """What waiting for nobody would gain in updates: K·E[X]/P for K-batch-async."""
+    if made.best.gain < 1.01:
+        return []
+    workers = best.accepted + best.backup
+    update_s = best.accepted * mean_s / workers + made.overhead_s
+    return [
+        f"Asynchronously (--policy async:k={best.accepted}) an update would take {seconds(update_s)}, "
+        f"{faster(best.step_s / update_s, f'steps with b = {best.backup}')}, by gradients about "
+        f"{workers / best.accepted:.1f} versions old; what that costs in convergence cannot be told from times."
+    ]
 
 
 def discarding(best: Choice, by_cost: Seconds, found: Straggling) -> list[str]:
