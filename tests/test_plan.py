@@ -95,6 +95,27 @@ def test_one_persistently_slow_worker_is_to_be_rebalanced_or_excluded(workers, s
     assert found.choices.best.backup == 1
 
 
+def test_of_two_workers_one_may_be_slow():
+    times = Lognormal(0.4, 0.03).sample(np.random.default_rng(1), 60, 2) * [1.0, 2.36]
+    found = advise(observe(times))
+    assert found.verdict == "rebalance" and "exclude worker 1" in found.headline
+
+
+def test_several_slow_workers_are_named_and_the_others_judged_alone():
+    times = Lognormal(0.4, 0.03).sample(np.random.default_rng(1), 60, 12)
+    times[:, [3, 7]] *= 1.8
+    found = advise(observe(times))
+    assert found.verdict == "rebalance" and found.choices.best.backup == 2
+    assert "workers " in found.headline and "3" in found.headline and "7" in found.headline
+    assert "on 2 machines fewer" in found.headline and "The other 10 workers alone need no backups." in found.reasons
+
+
+def test_machines_of_different_speed_want_batches_in_proportion():
+    found = advise(drawn(Composite(0.4, sigma=0.02, rank_sigma=0.08), steps=80, workers=12))
+    assert found.verdict == "rebalance" and found.headline.startswith("Rebalance: the workers differ in speed")
+    assert found.remedies.rebalanced > 1.05 and not found.straggling.slow
+
+
 def test_no_stragglers_no_backups():
     found = advise(drawn(Lognormal(0.4, 0.003)))
     assert (found.verdict, found.backup) == ("nothing", 0)
@@ -175,7 +196,8 @@ def delays(seed=0, events=0.05):
 def test_a_record_is_planned_and_the_model_held_against_its_own_steps(capsys, tmp_path):
     path = record(tmp_path, run(delays(), workers=4, steps=250, latency=0.002, publish=0.01), workers=4)
     found = planned(capsys, path)
-    assert found["overhead_s"] == pytest.approx(0.012, abs=1e-3) and found["workers"] == [0, 1, 2, 3]
+    assert found["overhead_s"] == pytest.approx(0.012, abs=1e-3)
+    assert found["workers"] == 4 and found["numbers"] == [0, 1, 2, 3]
     assert found["verdict"] == "use" and found["backup"] == 1 and found["chosen"]["gain"] > 1.1
     (check,) = [reason for reason in found["reasons"] if "The run's own steps (backup:1)" in reason]
     assert "They differ" not in check

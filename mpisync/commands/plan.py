@@ -7,6 +7,7 @@
 
 Give what is known of the gradients' noise, by --iterations or --noise-scale, if the record does not
 hold it: how many updates a target takes decides whether fewer gradients in each are worth it.
+Where too little is known to answer, it says what is needed and the exit code is 1.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Answer; the exit code is 1 where the answer was declined."""
+    """Answer; return 1 where the answer is declined."""
     from mpisync.planning.advice import advise
     from mpisync.planning.fitting import fit_laws
 

@@ -49,7 +49,7 @@ def _choices(made: Choices, advised: int | None) -> tuple[list[str], list[list[s
         rows.append([
             str(one.backup), str(one.accepted), seconds(one.step_s), seconds(one.stopped_s), f"×{one.per_step:.3f}",
             f"×{one.per_sample:.3f}", f"×{one.gain:.3f}",
-            f"{one.low:.3f}–{one.high:.3f}" if one.backup and not math.isnan(one.low) else "",
+            f"{one.low:.3f}–{one.high:.3f}" if one.backup else "",
             f"{one.discarded:.1%}", mark,
         ])  # fmt: skip
     return head, rows

@@ -35,7 +35,7 @@ class Choice:
         per_sample: How many times as many accepted gradients a second, which for the same machines
             is the speed-up per machine.
         gain: How many times sooner the target, by J(N): from per_sample (all noise) to per_step.
-        low: The gain may be as low as this (95 %); NaN where it was not resampled.
+        low: The gain may be as low as this (95 %).
         high: And as high as this.
         stopped_gain: The gain if late gradients are stopped at once.
         pays_below: It pays while N_c is below this many gradients; infinite if it always does.
@@ -119,36 +119,44 @@ def choices(
         seed: Of the resampling.
         watched: Goes through the numbers; may show a bar.
     """
-    steps, workers = times_s.shape
-    ordered = np.sort(times_s, axis=1)
+    workers = times_s.shape[1]
     backups = candidates(workers)
-    places = workers - 1 - np.array(backups)
-    took = ordered[:, places]
+    accepted = workers - np.array(backups)
+    ordered = np.sort(times_s, axis=1)
+    took = ordered[:, accepted - 1]
     if not late_stop:
         played = [backup_step_times(times_s, b, between_s=overhead_s) for b in watched(backups[1:])]
         took = np.stack([took[:, 0], *played], axis=1)
-    stopped = (ordered.mean(axis=0) if stopped_s is None else stopped_s)[places] + overhead_s
+    stopped = (ordered.mean(axis=0) if stopped_s is None else stopped_s)[accepted - 1] + overhead_s
     step = stopped if late_stop else took.mean(axis=0) + overhead_s
-    accepted, work = places + 1, np.cumsum(ordered.sum(axis=0))
     weight = efficiency.relative(accepted)
     drawn = _resampled(took, np.random.default_rng(seed)) + overhead_s
-    gains = (weight[0] * drawn[:, :1]) / (weight * drawn)
-    low, high = np.quantile(gains, [0.025, 0.975], axis=0) if steps > 1 else np.full((2, len(places)), math.nan)
-    options = []
-    for i, backup in enumerate(backups):
-        ratio, share = _times(step[0], step[i]), accepted[i] / workers
-        options.append(
-            Choice(
-                backup, int(accepted[i]), float(step[i]), float(stopped[i]), float(ratio), float(ratio * share),
-                float(ratio * weight[0] / weight[i]), float(low[i]), float(high[i]),
-                float(_times(stopped[0], stopped[i]) * weight[0] / weight[i]),
-                _pays_below(step[0], step[i], workers, int(accepted[i])), float(1 - work[accepted[i] - 1] / work[-1]),
-            )
-        )  # fmt: skip
+    low, high = np.quantile(weight[0] * drawn[:, :1] / (weight * drawn), [0.025, 0.975], axis=0)
+    work = np.cumsum(ordered.sum(axis=0))
+    options = [
+        _choice(
+            workers, n, step[[0, i]], stopped[[0, i]], float(weight[0] / weight[i]), (float(low[i]), float(high[i])),
+            float(1 - work[n - 1] / work[-1]),
+        )
+        for i, n in enumerate(accepted.tolist())
+    ]  # fmt: skip
     best = _fewest_near_best(weight * step)
     each = [_fewest_near_best(one) for one in weight * drawn]
     fewest, most = np.quantile(each, [0.025, 0.975], method="nearest").astype(int)
     return Choices(options, options[best], backups[fewest], backups[most], efficiency, overhead_s)
+
+
+def _choice(
+    workers: int, accepted: int, step_s: Seconds, stopped_s: Seconds, worth: float, band: tuple[float, float],
+    discarded: float,
+) -> Choice:
+    """Compare one choice with none: the times are those of none and of this one."""
+    all_s, own_s = step_s.tolist()
+    ratio = _times(all_s, own_s)
+    return Choice(
+        workers - accepted, accepted, own_s, float(stopped_s[1]), ratio, ratio * accepted / workers,
+        ratio * worth, *band, _times(*stopped_s.tolist()) * worth, _pays_below(all_s, own_s, workers, accepted), discarded,
+    )  # fmt: skip
 
 
 def _resampled(took: Seconds, rng: np.random.Generator) -> Seconds:
@@ -180,7 +188,7 @@ def _pays_below(all_s: float, step_s: float, workers: int, accepted: int) -> flo
     saved, paid = all_s - step_s, step_s / accepted - all_s / workers
     if paid <= 0:
         return math.inf if saved > 0 else 0.0
-    return max(0.0, float(saved / paid))
+    return max(0.0, saved / paid)
 
 
 def needed_steps(steps: int, gain: float, low: float, high: float) -> int:

@@ -19,7 +19,10 @@ FORMAT = 1
 
 
 def document(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> str:
-    """Return the document. Times are in seconds; a number that JSON lacks is text (`"inf"`, `"nan"`).
+    """Return the document, on one line.
+
+    Times are in seconds; a number that JSON lacks is text (`"inf"`, `"nan"`); `numbers` are the
+    workers of the columns, which `discarded_by_worker` follows too.
 
     Example:
         >>> from mpisync.planning.advice import advise
@@ -41,7 +44,8 @@ def document(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> str:
         "reasons": advice.reasons,
         "notes": observed.notes,
         "steps": steps,
-        "workers": observed.workers if law is None else workers,
+        "workers": workers,
+        "numbers": observed.workers,
         "missing": int((~observed.measured).sum()),
         "law": None if law is None else str(law),
         "overhead_s": observed.overhead_s,
