@@ -311,7 +311,8 @@ def test_the_text_has_the_answer_first_then_reasons_and_tables(capsys, trace):
 def test_a_terminal_gets_tables_by_rich(capsys, monkeypatch, trace):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "140")
-    assert "advised" in plan(capsys, trace)
+    text = plan(capsys, trace)
+    assert "advised" in text and "E[slowest] / measured" in text and "lognormal:median=6.06101" in text
 
 
 @pytest.mark.parametrize(

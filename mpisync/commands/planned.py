@@ -117,15 +117,16 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     if sys.stdout.isatty():
         try:
             from rich.console import Console
+            from rich.markup import escape
             from rich.table import Table
         except ImportError:
             pass
         else:
-            table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+            table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
             for name in head:
-                table.add_column(name, justify="left" if name in ("law", "host", "") else "right", no_wrap=True)
+                table.add_column(escape(name), justify="left" if name in ("law", "host", "") else "right", no_wrap=True)
             for row in rows:
-                table.add_row(*row, style="bold" if "advised" in row else None)
+                table.add_row(*map(escape, row), style="bold" if "advised" in row else None)
             Console().print(table)
             return
     print(title)

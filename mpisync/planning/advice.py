@@ -104,7 +104,7 @@ def advise(
         *words.straggling(straggling, observed)[: 1 if is_law else None],
         *words.infinite(stopped_s),
         *words.sureness(best, made, steps, is_law=is_law, late_stop=late_stop),
-        *words.noise(best, made),
+        *words.noise(made),
         *words.policy(made.best, deadline),
         *words.asynchronous(best, made, straggling.mean_s),
         *words.discarding(best, by_cost, straggling),

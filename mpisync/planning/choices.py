@@ -154,9 +154,19 @@ def _choice(
     all_s, own_s = step_s.tolist()
     ratio = _times(all_s, own_s)
     return Choice(
-        workers - accepted, accepted, own_s, float(stopped_s[1]), ratio, ratio * accepted / workers,
-        ratio * worth, *band, _times(*stopped_s.tolist()) * worth, _pays_below(all_s, own_s, workers, accepted), discarded,
-    )  # fmt: skip
+        backup=workers - accepted,
+        accepted=accepted,
+        step_s=own_s,
+        stopped_s=float(stopped_s[1]),
+        per_step=ratio,
+        per_sample=ratio * accepted / workers,
+        gain=ratio * worth,
+        low=band[0],
+        high=band[1],
+        stopped_gain=_times(*stopped_s.tolist()) * worth,
+        pays_below=_pays_below(all_s, own_s, workers, accepted),
+        discarded=discarded,
+    )
 
 
 def _resampled(took: Seconds, rng: np.random.Generator) -> Seconds:

@@ -217,9 +217,9 @@ def sureness(best: Choice, made: Choices, steps: int, *, is_law: bool, late_stop
     return lines
 
 
-def noise(best: Choice, made: Choices) -> list[str]:
+def noise(made: Choices) -> list[str]:
     """By what steps with different N were compared."""
-    efficiency = made.efficiency
+    efficiency, best = made.efficiency, made.best
     if not _known(made):
         text = f"The gradients' noise is {efficiency.source}."
         if best.backup:
