@@ -198,9 +198,8 @@ def seconds_to_loss(curves: list[Curve]) -> tuple[float, list[float]] | None:
         >>> t, zero = np.array([1.0, 2.0, 3.0]), np.zeros(3)
         >>> fast = Curve(t, t, np.array([3.0, 1.0, 1.0]), zero, zero)
         >>> slow = Curve(2 * t, t, np.array([3.0, 3.0, 1.5]), zero, zero)
-        >>> loss, times = seconds_to_loss([fast, slow])
-        >>> times
-        [2.0, 6.0]
+        >>> seconds_to_loss([fast, slow])
+        (2.25, [1.0, 6.0])
     """
     if not curves or not all(len(curve) for curve in curves):
         return None

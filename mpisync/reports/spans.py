@@ -75,8 +75,9 @@ def lay_out(run: Run) -> Spans:
     order = np.lexsort((gradients["sequence"], worker))
     worker, step, version = worker[order], step[order], version[order] - run.first
     starts = np.flatnonzero(np.diff(worker, prepend=-1))
+    ends = np.flatnonzero(np.diff(worker, append=-1)) + 1
     arrived_s = gradients["arrived_s"][order]
-    for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
+    for begin, end in zip(starts, ends, strict=True):
         np.maximum.accumulate(arrived_s[begin:end], out=arrived_s[begin:end])
 
     accepted = gradients["verdict"][order] == ACCEPTED
@@ -97,8 +98,7 @@ def lay_out(run: Run) -> Spans:
     data_s = np.minimum(data_s, room_s)
     compute_s = np.where(guessed, room_s - data_s, np.minimum(compute_s, room_s - data_s))
     until_s = np.roll(began_s, -1)
-    lasts = np.append(starts[1:], len(order)).astype(int)[: len(starts)] - 1
-    until_s[lasts] = verdict_s[lasts]
+    until_s[ends - 1] = verdict_s[ends - 1]
     return Spans(
         order=order,
         began_s=began_s,
