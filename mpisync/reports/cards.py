@@ -73,8 +73,9 @@ def key_figures(runs: Sequence[Figures], names: Sequence[str]) -> str:
         return f'<dl class="tiles">{tiles}</dl>'
     head = f"<thead><tr><th></th>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>"
     body = "".join(
-        f"<tr><td>{title}</td>{''.join(f'<td>{text(run)}</td>' for run in runs)}</tr>"
+        f"<tr><td>{title}</td>{''.join(f'<td{style}>{text(run)}</td>' for run in runs)}</tr>"
         for title, text in rows
+        for style in (' class="text"' if title == "Policy" else "",)
     )
     return f"<table>{head}<tbody>{body}</tbody></table>"
 
@@ -194,7 +195,7 @@ def _worker_row(figures: Figures, worker: int) -> str:
         seconds(float(figures.typical_s[worker])), share(waiting_s, float(split_s.sum())),
     )  # fmt: skip
     host = safe(figures.run.header.hosts[worker], 40)
-    return f'<tr><td>{worker}</td><td class="left">{host}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    return f'<tr><td>{worker}</td><td class="left text">{host}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def settings_card(figures: Figures, name: str) -> str:

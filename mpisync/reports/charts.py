@@ -86,18 +86,7 @@ def lines(
     heights = [heights for _, curve in shown for heights in (curve.y, curve.low, curve.high)]
     y_scale = _Scale(np.concatenate(heights), (_HEIGHT - _BOTTOM, _TOP), may_log=True)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">']
-    for tick in y_scale.ticks(4):
-        height = float(y_scale(np.array(tick)))
-        parts.append(
-            f'<path class="grid" d="M{_LEFT} {height:.1f}H{_WIDTH - _RIGHT}"/>'
-            f'<text x="{_LEFT - 5}" y="{height + 3:.1f}" class="end">{_short(tick)}</text>'
-        )
-    for tick in x_scale.ticks(4):
-        place_x = float(x_scale(np.array(tick)))
-        anchor = "end" if place_x > _WIDTH - 30 else "mid"
-        parts.append(f'<text x="{place_x:.1f}" y="{_HEIGHT - 20}" class="{anchor}">{_short(tick)}</text>')
-    name = f"{x_name}{' (loss: log scale)' if y_scale.is_log else ''}"
-    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" class="mid">{name}</text>')
+    parts += _axes(x_scale, y_scale, x_name)
     for place, curve in shown:
         x = x_scale(curve.x)
         edge = _path(np.append(x, x[::-1]), y_scale(np.append(curve.low, curve.high[::-1])))
@@ -110,12 +99,37 @@ def lines(
     return "".join(parts) + "</svg>"
 
 
-def _short(value: float) -> str:
-    """Return a tick's value in few letters."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * factor or (factor > 1e3 and abs(value) >= factor):
-            return f"{value / factor:.6g}{letter}" if abs(value) < 1e15 else f"{value:.0e}"
-    return f"{value:.6g}"
+def _axes(x_scale: _Scale, y_scale: _Scale, x_name: str) -> list[str]:
+    parts = []
+    ticks = y_scale.ticks(4)
+    for tick in ticks:
+        y = float(y_scale(np.array(tick)))
+        parts.append(
+            f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
+            f'<text x="{_LEFT - 5}" y="{y + 3:.1f}" class="end">{_short(tick, max(ticks))}</text>'
+        )
+    ticks = x_scale.ticks(4)
+    for tick in ticks:
+        x = float(x_scale(np.array(tick)))
+        anchor = "end" if x > _WIDTH - 30 else "mid"
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 20}" class="{anchor}">{_short(tick, max(ticks))}</text>')
+    name = f"{x_name}{' (loss: log scale)' if y_scale.is_log else ''}"
+    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" class="mid">{name}</text>')
+    return parts
+
+
+def _short(value: float, greatest: float) -> str:
+    """Return a tick's value in few letters, in the unit of the scale's greatest.
+
+    Example:
+        >>> [_short(tick, 1.5e6) for tick in (0, 5e5, 1.5e6)], _short(5000, 9000), _short(1e-3, 0.1)
+        (['0', '0.5M', '1.5M'], '5000', '0.001')
+    """
+    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+    letter = next((letter for least, letter in units if greatest >= least), "")
+    if not value or not letter or greatest >= 1e15:
+        return f"{value:.6g}"
+    return f"{value / {'T': 1e12, 'G': 1e9, 'M': 1e6, 'k': 1e3}[letter]:.6g}{letter}"
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:

@@ -73,12 +73,14 @@ svg .grid { stroke: var(--rule); fill: none; }
 .ramp { display: inline-block; width: 90px; height: 10px; border-radius: 2px; vertical-align: -1px;
   background: linear-gradient(90deg, #2c7bb6, #7cbedb, #ffeca0, #fda054, #ce1b28); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
+table { font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; } thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
-th.left, td.left { text-align: left; } table.facts td { text-align: left; }
-table.facts td:first-child { color: var(--soft); min-width: 6.5em; padding-right: 10px; }
+.facts td, td.text { overflow-wrap: anywhere; } td.text { min-width: 5em; }
+th.left, td.left, .facts td { text-align: left; }
+.facts td:first-child { color: var(--soft); min-width: 6.5em; padding-right: 10px; }
 details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
 @media (min-width: 760px) { svg { font-size: 8px; } }
 @media (max-width: 480px) {
@@ -94,7 +96,7 @@ details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { max-width: none; padding: 0; font-size: 11px; } svg { font-size: 10px; }
   .grid[class] { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .card:only-child { grid-column: 1 / -1; }
-  h1 { font-size: 16px; } h2 { font-size: 13px; margin: 14px 0 6px; }
+  h1 { font-size: 16px; } h2 { font-size: 13px; margin: 14px 0 6px; } h3 { font-size: 12px; }
   .card { padding: 8px; } table { font-size: 10.5px; }
   .soft, figcaption, .key, .plot, .tiles dt { font-size: 10px; } td, th { padding: 2px 6px; }
   .card, figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
