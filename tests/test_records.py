@@ -297,6 +297,8 @@ ARRIVAL = vars(STEPS[0].arrivals[0])
         (2, {"updated": 1}, "line 2: updated must be bool, not 1"),
         (2, {"accepted": {}}, "line 2: accepted must be list, not {}"),
         (2, {"accepted": [[0, 0]]}, r"line 2: accepted must be list of 3, not \[0, 0\]"),
+        (2, {"accepted": [[0, 0, 0], 5]}, "line 2: accepted must be list, not 5"),
+        (2, {"accepted": ["abc"]}, "line 2: accepted must be list, not 'abc'"),
         (2, {"accepted": [[0, 0, 1.0]]}, "line 2: accepted must be int, not 1.0"),
         (2, {"accepted": [[3, 0, 0]]}, "line 2: workers are numbered 0 to 2, but here is 3"),
         (2, {"accepted": [[0, 0, 1]]}, "line 2: a gradient's version must be from 0 to its step"),

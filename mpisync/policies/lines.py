@@ -109,13 +109,24 @@ def _value(kind: Kind, value: Json, where: str) -> Json:
     if origin in (list, tuple):
         _expect(type(value) is list, "list", value, where)
         if origin is list:
-            parts = parts * len(value)
-        elif tuple(map(type, value)) == parts:  # plain types: nothing to convert
-            return tuple(value)
-        elif len(value) != len(parts):
-            _expect(False, f"list of {len(parts)}", value, where)
-        return origin([_value(part, item, where) for part, item in zip(parts, value, strict=True)])
+            return _items(parts[0], value, where)
+        _expect(len(value) == len(parts), f"list of {len(parts)}", value, where)
+        return tuple(_value(part, item, where) for part, item in zip(parts, value, strict=True))
     return value  # Any
+
+
+def _items(kind: Kind, values: list[Json], where: str) -> list[Json]:
+    origin, parts = _shape(kind)
+    if origin is object:
+        return [_object(kind, _expect(type(v) is dict, "object", v, where), where) for v in values]
+    if origin is tuple:  # of types that JSON has there is nothing to convert
+        return [
+            tuple(value)
+            if type(value) is list and tuple(map(type, value)) == parts
+            else _value(kind, value, where)
+            for value in values
+        ]
+    return [_value(kind, value, where) for value in values]
 
 
 @cache
