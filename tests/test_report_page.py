@@ -129,6 +129,7 @@ def decoded(uri):
         check = int.from_bytes(data[place + 8 + length : place + 12 + length], "big")
         assert check == zlib.crc32(kind + chunks[kind])
         place += 12 + length
+    assert chunks[b"tRNS"] == b"\0", "what is blank is transparent"
     width, height = (int.from_bytes(chunks[b"IHDR"][n : n + 4], "big") for n in (0, 4))
     rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
     assert not rows[:, 0].any() and rows.max() < len(chunks[b"PLTE"]) / 3

@@ -203,6 +203,23 @@ def test_unknown_times_and_nonsense_never_overlap(tmp_path):
     assert spans.guessed.sum() == 2
 
 
+def test_gradients_out_of_order_never_overlap(tmp_path):
+    early = replace(STORY[2].arrivals[0], offset_s=-1.75)  # before the one that it follows
+    steps = [*STORY[:2], replace(STORY[2], arrivals=[early, *STORY[2].arrivals[1:]])]
+    spans = lay_out(read_run(write(tmp_path / "record.jsonl", steps)))
+    assert (np.diff(spans.arrived_s[3:]) >= 0).all() and (spans.wait_s >= 0).all()
+    assert (spans.arrived_s >= spans.began_s).all() and (spans.data_s >= 0).all() and (spans.compute_s >= 0).all()
+
+
+def test_a_worker_begins_no_sooner_than_its_version_was_out(tmp_path):
+    # Worker 1 had its verdict at 12.0, and waited for version 2, which was out at 12.875.
+    waited = replace(STORY[2].arrivals[1], sequence=1)
+    steps = [*STORY[:2], replace(STORY[2], arrivals=[waited, STORY[2].arrivals[2]])]
+    spans = lay_out(read_run(write(tmp_path / "record.jsonl", steps)))
+    assert spans.began_s[4] == pytest.approx(12.875)
+    assert (spans.wait_s[3], spans.send_s[4]) == pytest.approx((0.875, 0.125))
+
+
 def test_a_record_that_lacks_its_first_steps_is_laid_out(tmp_path):
     run = read_run(write(tmp_path / "record.jsonl", STORY[1:]))
     spans = lay_out(run)
