@@ -270,6 +270,11 @@ def test_a_slow_worker_is_named_and_so_is_the_one_that_steps_wait_for(tmp_path):
     assert "All 80 gradients counted." in text
 
 
+def test_a_worker_that_many_wait_for_by_chance_is_not_named(tmp_path):
+    header, steps = played("backup:0", [[1.0, 1.1], [1.1, 1.0]], 20)
+    assert "as their last" not in plain(summary(figures(read_run(write(tmp_path / "r", steps, header)))))
+
+
 def test_runs_are_compared_by_rate_and_by_the_loss_all_reached(tmp_path):
     told = []
     for policy in ("backup:0", "backup:1"):

@@ -227,8 +227,8 @@ def _setting(value: object) -> str:
 
 def _counted(hosts: Iterable[str]) -> list[tuple[str, int]]:
     found = list(Counter(hosts).items())
-    rest = sum(n for _, n in found[_MOST_HOSTS:])
-    return found[:_MOST_HOSTS] + ([(f"{len(found) - _MOST_HOSTS:,} more hosts", 1)] if rest else [])
+    more = len(found) - _MOST_HOSTS
+    return [*found[:_MOST_HOSTS], (f"{more:,} more hosts", 1)] if more > 1 else found
 
 
 # -- what plots have in common ---------------------------------------------------------------------

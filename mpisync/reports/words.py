@@ -178,10 +178,10 @@ def _slowest(figures: Figures) -> str:
 
 
 def _waited_for(figures: Figures) -> str:
-    """Name the worker that most steps waited for, if it is more than by chance."""
+    """Name the worker that most steps waited for, if they are many and it is not by chance."""
     steps, workers = int(figures.lasts.sum()), figures.run.header.workers
     most = int(figures.lasts.max(initial=0))
-    if not steps or workers < 2 or most < 2 * steps / workers + 3:
+    if not steps or workers < 2 or most < max(2 * steps / workers + 3, steps / 5):
         return ""
     return f"{share(most, steps)} of the steps had worker {int(figures.lasts.argmax())}'s gradient as their last."
 
