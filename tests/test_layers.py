@@ -7,15 +7,16 @@ import pytest
 from launch import ROOT
 
 # Each layer may import from those before it, and from itself. Leaves import nothing of the package.
-LAYERS = ("policies", "kernels", "transport", "aggregation", "session", "planning", "commands")
+LAYERS = ("policies", "kernels", "transport", "aggregation", "session", "planning", "reports", "commands")
 LEAVES = ("mpisync.settings", "mpisync.launchers")
-# Planning simulates policies with neither arrays nor MPI.
-PLANNING_MAY = ("policies", "planning")
+# Planning simulates policies, and reports read records, with neither torch nor MPI.
+NARROW = {"planning": ("policies", "planning"), "reports": ("policies", "reports")}
 # What a layer must not import from outside, not even late.
 FORBIDDEN = {
     "policies": {"mpi4py", "numpy", "torch", "numba"},
     "kernels": {"mpi4py", "torch"},
     "planning": {"mpi4py", "torch"},
+    "reports": {"mpi4py", "torch", "numba"},
 }
 
 
@@ -75,7 +76,7 @@ def test_no_module_imports_upwards(name):
         elif name in LEAVES:
             raise AssertionError(f"{name} is a leaf, and imports {other}")
         elif own and layer(other):
-            allowed = PLANNING_MAY if own == "planning" else LAYERS[: LAYERS.index(own) + 1]
+            allowed = NARROW.get(own, LAYERS[: LAYERS.index(own) + 1])
             assert layer(other) in allowed, f"{name} imports {other}, of a layer above it"
         elif own is None:
             # Modules at the top serve all layers, so they stand below them; the command's entry

@@ -13,6 +13,7 @@ from mpisync.policies import (
     Async,
     BackupWorkers,
     Decision,
+    RecordReader,
     RecordWriter,
     Replay,
     RunHeader,
@@ -21,6 +22,7 @@ from mpisync.policies import (
     read_record,
 )
 from mpisync.policies.lines import seal, unseal
+from mpisync.policies.records import StepChecker
 
 HEADER = RunHeader("backup:1", 3, 7, 1.5e9, "0.1.0", ["a", "a", "b"], {"transport": "shared"})
 STEPS = play(BackupWorkers(1), steady(1, 2, 4.5), workers=3, steps=4)
@@ -229,7 +231,7 @@ def test_wherever_a_record_is_cut_what_is_read_was_written(path):
 
 def test_a_record_without_a_whole_header_is_refused(path):
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="line 1: the first line"):
+    with pytest.raises(ValueError, match="line 1: the first line"):
         read_record(path)
     path.write_bytes(b"")
     with pytest.raises(
@@ -295,6 +297,8 @@ ARRIVAL = vars(STEPS[0].arrivals[0])
         (2, {"updated": 1}, "line 2: updated must be bool, not 1"),
         (2, {"accepted": {}}, "line 2: accepted must be list, not {}"),
         (2, {"accepted": [[0, 0]]}, r"line 2: accepted must be list of 3, not \[0, 0\]"),
+        (2, {"accepted": [[0, 0, 0], 5]}, "line 2: accepted must be list, not 5"),
+        (2, {"accepted": ["abc"]}, "line 2: accepted must be list, not 'abc'"),
         (2, {"accepted": [[0, 0, 1.0]]}, "line 2: accepted must be int, not 1.0"),
         (2, {"accepted": [[3, 0, 0]]}, "line 2: workers are numbered 0 to 2, but here is 3"),
         (2, {"accepted": [[0, 0, 1]]}, "line 2: a gradient's version must be from 0 to its step"),
@@ -384,3 +388,55 @@ def test_held_gradients_are_judged_by_the_file_too(path):
     worker, sequence, version = STEPS[0].accepted[1]
     arrival = Arrival(worker, sequence, version, 0.0)
     assert Replay(path).judge(arrival, opened(step=0)) is Decision.HOLD
+
+
+# Reading step by step, and quickly.
+
+
+def test_a_record_can_be_read_while_it_is_written(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    reader = RecordReader(path)
+    assert reader.header == HEADER and reader.torn is None
+    assert list(reader) == STEPS[:3] and reader.torn == 5
+    path.write_bytes(whole)
+    reader = RecordReader(path)
+    assert list(reader) == STEPS and reader.torn is None
+
+
+def test_a_verdict_is_remembered_in_whatever_order_gradients_get_theirs():
+    checker = StepChecker(workers=1)
+    for step, sequence in enumerate([2, 0, 1, 4, 3]):
+        checker.check(StepRecord(step, 0.0, 0.0, 0.0, 1, 1, [(0, sequence, 0)], []))
+    for sequence in range(5):
+        with pytest.raises(ValueError, match=f"worker 0's gradient {sequence} gets another"):
+            checker.check(StepRecord(checker._due, 0.0, 0.0, 0.0, 1, 1, [(0, sequence, 0)], []))
+    assert not checker._ahead, "it remembers no more than it must"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("samples", 1.0, "arrivals.samples must be int, not 1.0"),
+        ("offset_s", "soon", "arrivals.offset_s must be float, not 'soon'"),
+        ("tie", 0, "arrivals.tie must be bool, not 0"),
+        ("verdict", "lost", "arrivals.verdict must be accepted or late or rejected"),
+        ("verdict", None, "arrivals.verdict must be accepted or late or rejected"),
+        ("reason", 5, "arrivals.reason must be str, not 5"),
+        ("colour", "red", "ArrivalRecord has no field colour"),
+    ],
+)
+def test_many_sound_gradients_make_nobody_careless(tmp_path, name, value, message):
+    path = write(tmp_path / "record.jsonl", steps=[FULL])
+    arrivals = [vars(arrival) for arrival in FULL.arrivals]
+    edit(path, 2, arrivals=[*arrivals, *arrivals, {**arrivals[1], name: value}])
+    with pytest.raises(ValueError, match=message):
+        read_record(path)
+
+
+def test_a_whole_number_of_seconds_is_a_float(tmp_path):
+    path = write(tmp_path / "record.jsonl", steps=[FULL])
+    arrivals = [vars(arrival) for arrival in FULL.arrivals]
+    edit(path, 2, arrivals=[arrivals[0], {**arrivals[1], "offset_s": 3}, *arrivals[2:]])
+    offset_s = read_record(path)[1][0].arrivals[1].offset_s
+    assert type(offset_s) is float and offset_s == 3.0

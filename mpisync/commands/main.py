@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from mpisync import __version__
-from mpisync.commands import demo, plan, run
+from mpisync.commands import demo, plan, report, run, timeline
 
 # Each has NAME, add_arguments(parser) and main(options) -> exit code, and imports what is
 # heavy (MPI, torch, numba) in main only, so that every --help works where those cannot start.
-COMMANDS = (run, demo, plan)
+COMMANDS = (run, demo, plan, report, timeline)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         code: int = options.main(options)
+    except BrokenPipeError:  # whoever read the output has seen enough of it, as `head` has
+        sys.stdout = None  # type: ignore[assignment]  # nothing is left to be flushed to
+        return 1
     except (RuntimeError, ValueError, OSError) as error:
         # Ours are sentences for users; a traceback above them would hide them.
         print(f"mpisync {options.command}: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from mpisync.policies.asynchronous import Async
 from mpisync.policies.backup import BackupWorkers
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
 from mpisync.policies.deadline import Deadline
-from mpisync.policies.files import RecordWriter, read_record
+from mpisync.policies.files import RecordReader, RecordWriter, read_record
 from mpisync.policies.forms import parse_policy
 from mpisync.policies.records import ArrivalRecord, RunHeader, StepRecord
 from mpisync.policies.replay import Replay
@@ -18,6 +18,7 @@ __all__ = [
     "Decision",
     "OpenStep",
     "Policy",
+    "RecordReader",
     "RecordWriter",
     "Replay",
     "RunHeader",

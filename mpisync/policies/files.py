@@ -10,7 +10,7 @@ from typing import Any
 from mpisync.policies.lines import intact, load, seal, unseal
 from mpisync.policies.records import FORMAT, RunHeader, StepChecker, StepRecord
 
-__all__ = ["RecordWriter", "read_record"]
+__all__ = ["RecordReader", "RecordWriter", "read_record"]
 
 
 class RecordWriter:
@@ -87,10 +87,78 @@ class RecordWriter:
         self.close()
 
 
+class RecordReader:
+    """Reads and checks a record one step at a time, so that a long one needs no memory.
+
+    Iterate over it, once; it may be read while the run goes on.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        header: The run.
+        torn: The number of the last line if that is torn, which is what a run that was killed may
+            leave, and one that is writing it; None if it is whole or not yet reached.
+
+    Raises:
+        ValueError: It names the line and the rule that it breaks.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "record.jsonl")
+        >>> with RecordWriter(path) as writer:
+        ...     writer.header(RunHeader("backup:1", 2, 0, 0.0, "1", ["a", "a"]))
+        ...     writer.step(StepRecord(0, 0.0, 0.5, 0.6, 1, 2, [(1, 0, 0)], []))
+        >>> reader = RecordReader(path)
+        >>> reader.header.policy, [step.step for step in reader], reader.torn
+        ('backup:1', [0], None)
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Read the first line."""
+        self.path = os.fspath(path)
+        self.torn: int | None = None
+        self._lines = self._numbered()
+        number, line = next(self._lines, (1, b""))
+        if not line:
+            raise self._problem(1, "the first line must be the run's, but is missing")
+        try:
+            self.header = _run_header(unseal(line))
+        except ValueError as error:
+            raise self._problem(number, error) from None
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Yield the steps that are left."""
+        checker = StepChecker(self.header.workers)
+        for number, line in self._lines:
+            try:
+                step = _step_record(unseal(line))
+                checker.check(step)
+            except ValueError as error:
+                raise self._problem(number, error) from None
+            yield step
+
+    def _numbered(self) -> Iterator[tuple[int, bytes]]:
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield number, line[:-1]
+                elif intact(line):  # an editor took the last line's end, and nothing else
+                    yield number, line
+                else:
+                    self.torn = number
+                    return
+
+    def _problem(self, number: int, rule: object) -> ValueError:
+        return ValueError(f"record {self.path}, line {number}: {rule}")
+
+
 def read_record(
     path: str | os.PathLike[str], *, strict: bool = False
 ) -> tuple[RunHeader, list[StepRecord]]:
-    """Read and check a record.
+    """Read and check a whole record.
 
     Args:
         path: The file.
@@ -112,45 +180,17 @@ def read_record(
         >>> read_record(path)[1]
         []
     """
-    path = os.fspath(path)
-    header: RunHeader | None = None
-    steps: list[StepRecord] = []
-    checker = StepChecker()
-    for number, line in _lines(path, strict):
-        try:
-            document = unseal(line)
-            if header is None:
-                header = _run_header(document)
-                checker = StepChecker(header.workers)
-            else:
-                steps.append(_step_record(document))
-                checker.check(steps[-1])
-        except ValueError as error:
-            raise ValueError(f"record {path}, line {number}: {error}") from None
-    if header is None:
-        raise ValueError(f"record {path}, line 1: the first line must be the run's, but is missing")
-    return header, steps
-
-
-def _lines(path: str, strict: bool) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbered lines; a torn last one is the caller's only if it must be refused."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                yield number, line[:-1]
-            elif intact(line):  # an editor took the last line's end, and nothing else
-                yield number, line
-            elif strict:
-                raise ValueError(
-                    f"record {path}, line {number}: the line is torn, as when a run is killed "
-                    "in the midst of writing: delete it to use the steps before it"
-                )
-            else:
-                warnings.warn(
-                    f"record {path}, line {number}: the line is torn and was dropped",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+    reader = RecordReader(path)
+    steps = list(reader)
+    if reader.torn is not None:
+        where = f"record {reader.path}, line {reader.torn}: the line is torn"
+        if strict:
+            raise ValueError(
+                f"{where}, as when a run is killed in the midst of writing: delete it to use the "
+                "steps before it"
+            )
+        warnings.warn(f"{where} and was dropped", RuntimeWarning, stacklevel=2)
+    return reader.header, steps
 
 
 def _run_header(document: dict[str, Any]) -> RunHeader:

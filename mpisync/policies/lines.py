@@ -58,7 +58,7 @@ def load(kind: type[T], document: dict[str, Any]) -> T:
     Raises:
         ValueError: It names the field and what it must be.
     """
-    value: T = _value(kind, document, "")
+    value: T = _object(kind, document, "")
     return value
 
 
@@ -109,11 +109,24 @@ def _value(kind: Kind, value: Json, where: str) -> Json:
     if origin in (list, tuple):
         _expect(type(value) is list, "list", value, where)
         if origin is list:
-            parts = parts * len(value)
-        elif len(value) != len(parts):
-            _expect(False, f"list of {len(parts)}", value, where)
-        return origin([_value(part, item, where) for part, item in zip(parts, value, strict=True)])
+            return _items(parts[0], value, where)
+        _expect(len(value) == len(parts), f"list of {len(parts)}", value, where)
+        return tuple(_value(part, item, where) for part, item in zip(parts, value, strict=True))
     return value  # Any
+
+
+def _items(kind: Kind, values: list[Json], where: str) -> list[Json]:
+    origin, parts = _shape(kind)
+    if origin is object:
+        return [_object(kind, _expect(type(v) is dict, "object", v, where), where) for v in values]
+    if origin is tuple:  # of types that JSON has there is nothing to convert
+        return [
+            tuple(value)
+            if type(value) is list and tuple(map(type, value)) == parts
+            else _value(kind, value, where)
+            for value in values
+        ]
+    return [_value(kind, value, where) for value in values]
 
 
 @cache
@@ -123,6 +136,10 @@ def _shape(kind: Kind) -> tuple[Kind, tuple[Kind, ...]]:
 
 
 def _object(kind: Kind, document: dict[str, Any], where: str) -> Json:
+    signature = (*document, *map(type, document.values()))
+    sound, choices = _sound(kind)
+    if signature in sound and all(document[name] in parts for name, parts in choices):
+        return kind(*document.values())
     known = _fields(kind)
     for name in document.keys() - known.keys():
         raise ValueError(f"{kind.__name__} has no field {name}")
@@ -132,7 +149,32 @@ def _object(kind: Kind, document: dict[str, Any], where: str) -> Json:
             arguments[name] = _value(type_, document[name], f"{where}.{name}" if where else name)
         elif required:
             raise ValueError(f"{kind.__name__} must have the field {name}, but it is missing")
+    if tuple(document) == tuple(known) and all(
+        _passes(known[name][0], type(value)) for name, value in document.items()
+    ):
+        sound.add(signature)
     return kind(**arguments)
+
+
+@cache
+def _sound(kind: Kind) -> tuple[set[tuple[Any, ...]], list[tuple[str, tuple[Kind, ...]]]]:
+    """Return the signatures of objects that are sound by them alone, and what is to be chosen from.
+
+    A signature is the names and then the types of an object's values. A record has a million
+    gradients of the same few, so that only new ones are looked at field by field.
+    """
+    shapes = [(name, *_shape(type_)) for name, (type_, _) in _fields(kind).items()]
+    return set(), [(name, parts) for name, origin, parts in shapes if origin is Literal]
+
+
+def _passes(kind: Kind, type_: type) -> bool:
+    """Say whether every value of this type goes unchanged into a field of this kind."""
+    origin, parts = _shape(kind)
+    if origin is types.UnionType:
+        return type_ is types.NoneType or _passes(parts[0], type_)
+    if origin is Literal:  # which of them is looked at each time
+        return type_ is str
+    return kind in (int, float, str, bool) and type_ is kind
 
 
 @cache

@@ -153,7 +153,9 @@ class StepChecker:
         """Expect any first step."""
         self._workers = math.inf if workers is None else workers
         self._due: int | None = None
-        self._judged: set[tuple[int, int]] = set()
+        # A worker's verdicts come in its own order, so this stays small however long the run is.
+        self._undecided: dict[int, int] = {}  # each worker's first gradient without a verdict
+        self._ahead: set[tuple[int, int]] = set()  # what has one beyond that
 
     def check(self, record: StepRecord) -> None:
         """Take the next step.
@@ -190,9 +192,17 @@ class StepChecker:
                 f"a gradient's version must be from 0 to its step, its sequence not negative, but "
                 f"worker {worker}'s has version {version} in step {step} and sequence {sequence}"
             )
-        if (worker, sequence) in self._judged:
+        undecided = self._undecided.get(worker, 0)
+        if sequence < undecided or (worker, sequence) in self._ahead:
             raise ValueError(
                 f"a gradient gets one verdict, but worker {worker}'s gradient {sequence} gets "
                 f"another in step {step}"
             )
-        self._judged.add((worker, sequence))
+        if sequence > undecided:
+            self._ahead.add((worker, sequence))
+            return
+        undecided += 1
+        while (worker, undecided) in self._ahead:
+            self._ahead.remove((worker, undecided))
+            undecided += 1
+        self._undecided[worker] = undecided
