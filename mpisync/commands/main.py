@@ -1,6 +1,7 @@
 """The command `mpisync`: finds the subcommand and runs it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.main(options)
     except BrokenPipeError:  # whoever read the output has seen enough of it, as `head` has
-        sys.stdout = None  # type: ignore[assignment]  # nothing is left to be flushed to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 1
     except (RuntimeError, ValueError, OSError) as error:
         # Ours are sentences for users; a traceback above them would hide them.
