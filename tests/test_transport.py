@@ -6,8 +6,10 @@ import time
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
+from mpisync.session.ends import chosen_policy
 from mpisync.session.partial import PartialReduce
 from mpisync.transport import duplicates
 from mpisync.transport import memory as memory_module
@@ -441,6 +443,26 @@ def test_what_does_not_fit_is_refused_and_the_session_goes_on(comm):
 
 
 # -- without shared memory -------------------------------------------------------------------------
+
+
+def test_what_makes_no_sense_is_refused_by_name(monkeypatch):
+    theta = np.zeros(3, np.float32)
+    with pytest.raises(TypeError, match="comm must be a communicator, such as MPI.COMM_WORLD, not None"):
+        PartialReduce(None, like=theta)
+    with pytest.raises(TypeError, match="like must be a NumPy array, not list"):
+        PartialReduce(MPI.COMM_SELF, like=[0.0, 0.0])
+    with pytest.raises(ValueError, match="has one rank: start the script with"):
+        PartialReduce(MPI.COMM_SELF, like=theta)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "5")
+    if MPI.COMM_WORLD.size == 1:  # as it is for every rank whose mpi4py loaded another MPI than the launcher's
+        with pytest.raises(RuntimeError, match="started 5 ranks, but this one is rank 0 of 1"):
+            PartialReduce(MPI.COMM_WORLD, like=theta)
+
+
+def test_a_policy_in_text_is_told_how_to_become_one():
+    with pytest.raises(TypeError, match=r"write mpisync.policies.parse_policy\('backup:1'\)"):
+        chosen_policy("backup:1")
 
 
 @pytest.mark.parallel(3)

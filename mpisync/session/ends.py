@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from mpi4py import MPI
+
 from mpisync import ending, settings
 from mpisync.aggregation.farewell import farewell
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.steps import PeerFailed
 from mpisync.aggregation.worker import Worker
 from mpisync.policies import BackupWorkers, Policy, parse_policy
+from mpisync.transport.rendezvous import check_launcher
 
 _STOPPED_GRACE_S = 3.0  # for ranks that are stopped by a signal
 _FAILED_GRACE_S = 3.0  # for ranks that still compute when another has failed
@@ -24,11 +27,27 @@ def chosen_policy(code: Policy | None) -> Policy:
 
     Raises:
         ValueError: The environment's is no policy.
+        TypeError: The script's is none.
     """
+    if code is not None and not isinstance(code, Policy):
+        example = f"; for {code!r} write mpisync.policies.parse_policy({code!r})" if isinstance(code, str) else ""
+        raise TypeError(f"policy must be one of mpisync's, such as BackupWorkers(1), not {code!r}{example}")
     named = settings.read("MPISYNC_POLICY")
     if named is not None:
         return parse_policy(str(named))
     return BackupWorkers(0) if code is None else code
+
+
+def check_communicator(comm: MPI.Intracomm) -> None:
+    """Refuse what is no communicator, and a launcher that belongs to another MPI.
+
+    Raises:
+        TypeError: It is no intracommunicator.
+        RuntimeError: Every rank is alone though a launcher started several.
+    """
+    if not isinstance(comm, MPI.Intracomm):
+        raise TypeError(f"comm must be a communicator, such as MPI.COMM_WORLD, not {comm!r}")
+    check_launcher(comm)
 
 
 def problem_of(check: Callable[[], object]) -> str:

@@ -16,7 +16,7 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of
 from mpisync.policies import Policy, StepRecord
-from mpisync.session.ends import chosen_policy, leave_root, leave_worker, problem_of
+from mpisync.session.ends import check_communicator, chosen_policy, leave_root, leave_worker, problem_of
 from mpisync.transport.layout import Layout
 from mpisync.transport.rendezvous import Claim
 
@@ -96,6 +96,11 @@ class PartialReduce:
         policy: Policy | None = None,
         parameters: np.ndarray | None = None,
     ) -> None:
+        check_communicator(comm)
+        if not isinstance(like, np.ndarray):
+            raise TypeError(
+                f"like must be a NumPy array, not {type(like).__name__}: of a CPU tensor give tensor.numpy()"
+            )
         if comm.size < 2:
             raise ValueError(
                 "PartialReduce needs a root and at least one worker, but the communicator has one "
