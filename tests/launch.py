@@ -5,6 +5,7 @@ tests that kill or stop its ranks. Every process of a job carries the job's own 
 environment, which finds those that left the launcher's process group, as ranks do.
 """
 
+import ctypes
 import functools
 import os
 import re
@@ -65,6 +66,15 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**inherited, **_HARNESS, "PYTHONPATH": os.pathsep.join(path), **(extra or {})}
 
 
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_us() -> None:
+    """Have the launcher end its ranks when this process is killed, and could not do it itself."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 class Job:
     """A command that starts ranks, and everything that it started. A context manager."""
 
@@ -82,6 +92,7 @@ class Job:
                 cwd=cwd,
                 env={**environment(env), TAG: str(folder)},
                 start_new_session=True,
+                preexec_fn=_end_with_us,
             )
         if stdin is not None:
             self.process.stdin.write(stdin.encode())

@@ -218,3 +218,26 @@ def test_a_job_can_be_met_while_it_runs():
         os.kill(ranks[1], 9)
         run = job.finish(20.0)
     assert run.returncode != 0 and not run.timed_out and run.left == ()
+
+
+def test_a_killed_starter_takes_its_job_along():
+    ranks = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    starter = f"""
+import sys, time
+from launch import start_script
+with start_script(2, {ranks!r}) as job:
+    while len(job.output("stdout").split()) < 2:
+        time.sleep(0.02)
+    print(job.output("stdout"), flush=True)
+    time.sleep(60)
+"""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    with subprocess.Popen(
+        [sys.executable, "-c", starter], env=environment({"PYTHONPATH": path}), stdout=subprocess.PIPE, text=True
+    ) as process:
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+    end_s = time.monotonic() + 20.0
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end_s, "the ranks outlived whoever started them"
+        time.sleep(0.05)

@@ -22,7 +22,7 @@ _FAILED_GRACE_S = 3.0  # for ranks that still compute when another has failed
 _GOODBYE_S = 5.0
 
 
-def chosen_policy(code: Policy | None) -> Policy:
+def chosen_policy(code: object) -> Policy:
     """The policy that the environment names, else the one that the script gives.
 
     Raises:
@@ -38,7 +38,7 @@ def chosen_policy(code: Policy | None) -> Policy:
     return BackupWorkers(0) if code is None else code
 
 
-def check_communicator(comm: MPI.Intracomm) -> None:
+def check_communicator(comm: object) -> None:
     """Refuse what is no communicator, and a launcher that belongs to another MPI.
 
     Raises:
