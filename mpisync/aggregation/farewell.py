@@ -36,7 +36,9 @@ def farewell(
         elif member.waits_for >= 0 or member.state is State.LEFT:
             root.serve_parameters(member)
     while True:
-        for _, _, header in root.heard():
+        heard = root.inbox.take()
+        while heard:
+            _, _, header = heard.popleft()
             _hear(root, root.members[header.worker], header)
         for link in root.links:
             link.progress()

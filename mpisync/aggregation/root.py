@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from mpisync.aggregation.asking import Asking
+from mpisync.aggregation.inbox import Inbox
 from mpisync.aggregation.ledger import Ledger
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.stalls import StallReport
@@ -82,8 +84,8 @@ class Root:
         self._sum = RunningSum(layout, reducer, blocks, norms=norms)
         self._layout, self._weighted, self._norms = layout, weighted, norms
         self._lots = random.Random(0)
-        self._backlog: deque[tuple[float, float, Header]] = deque()  # heard, not handled
-        self._queue: list[Member] = []  # announced in order of arrival, payload not asked for
+        self.inbox = Inbox(self.links, self.members, self.me, clock, self._lots)
+        self._asking = Asking(self.members, self._make_room)
         self._rejected_in_a_row = 0
         self._stop_asked = False
         self._last: int | None = None  # the version at which the training ends
@@ -137,7 +139,8 @@ class Root:
         while True:
             self._hear()
             self._take_whole([w for link in self.links for w in link.progress()])
-            self._ask()
+            if self._asking.queue and not self._is_closing:
+                self._asking.ask(self.policy.target(self._step) - len(self._step.accepted), self.clock())
             if self._stop_asked or not self._step.alive:
                 return None
             now_s = self.clock()
@@ -145,23 +148,9 @@ class Root:
                 return self._close(now_s)
             self._idle(now_s)
 
-    def heard(self) -> list[tuple[float, float, Header]]:
-        """Take in headers as (time of completion, lot, header), first completed first."""
-        headers = [header for link in self.links for header in link.headers()]
-        now_s, heard = self.clock(), list(self._backlog)  # now: no stamp on this node is later
-        self._backlog.clear()
-        for header in headers:
-            near = self.members[header.worker].peer.shares_kernel(self.me)
-            at_s = min(header.stamp_s, now_s) if near else now_s
-            heard.append((at_s, self._lots.random(), header))
-        heard.sort(key=lambda entry: entry[:2])
-        return heard
-
     def _hear(self) -> None:
-        heard = self._backlog = deque(self.heard())  # what an exception leaves is heard later
-        if not heard:
-            return
-        times = Counter(at_s for at_s, *_ in heard)
+        heard = self.inbox.take()
+        times = Counter(at_s for at_s, *_ in heard) if heard else {}
         while heard and not self._is_closing:
             at_s, _, header = heard.popleft()
             member = self.members[header.worker]
@@ -218,8 +207,8 @@ class Root:
             self._count_rejection()
         elif member.link.is_whole(member.worker):
             self._accept(member)
-        elif member.state is State.ANNOUNCED and member not in self._queue:
-            self._queue.append(member)
+        else:
+            self._asking.add(member)
 
     def _accept(self, member: Member) -> None:
         """Count a whole gradient; nothing of it has entered the sum before."""
@@ -239,7 +228,7 @@ class Root:
     def _take_whole(self, workers: list[int]) -> None:
         """The last bytes of asked-for gradients are in: now is when they arrived."""
         now_s = self.clock()
-        for worker in self._lots.sample(workers, len(workers)):  # no rank goes before another
+        for worker in self._lots.sample(workers, len(workers)) if workers else ():  # no rank goes before another
             member = self.members[worker]
             if member.state is State.WANTED:
                 member.arrival = replace(member.came, at_s=now_s)
@@ -247,34 +236,11 @@ class Root:
                 if not self._is_closing:  # else it is judged when the next step opens
                     self._judge(member)
 
-    def _ask(self) -> None:
-        """Ask for payloads, first announced first, so many as the step still lacks.
-
-        One that stalls is not counted on: the next is asked for beside it, in its memory if there
-        is no other.
-        """
-        if not self._queue or self._is_closing:
-            return
-        now_s = self.clock()
-        wanted = [member for member in self.members if member.state is State.WANTED]
-        stalled = [m for m in wanted if not m.link.is_moving(m.worker, now_s)]
-        lacking = self.policy.target(self._step) - len(self._step.accepted)
-        lacking -= len(wanted) - len(stalled)
-        while self._queue and lacking > 0:
-            member = self._queue[0]
-            if member.link.want(member.worker):
-                self._queue.pop(0)
-                member.state = State.WANTED
-                lacking -= 1
-            elif self._sum.has_pending:
-                self._fold_now()
-            elif stalled:
-                loser = stalled.pop()
-                loser.link.release(loser.worker)
-                loser.state = State.ANNOUNCED
-                self._queue.append(loser)
-            else:
-                return
+    def _make_room(self) -> bool:
+        has_pending = self._sum.has_pending
+        if has_pending:
+            self._fold_now()
+        return has_pending
 
     # -- verdicts ----------------------------------------------------------------------------------
 
@@ -295,8 +261,7 @@ class Root:
         self._answer(member, status, late_by, reason or "late")
 
     def _forget(self, member: Member) -> None:
-        if member in self._queue:
-            self._queue.remove(member)
+        self._asking.drop(member)
         self._unhold(member)
 
     def _unhold(self, member: Member) -> None:

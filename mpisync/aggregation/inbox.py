@@ -1,0 +1,56 @@
+"""Headers in the order in which their gradients were complete, whatever order the root heard them in."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from mpisync.aggregation.members import Member
+from mpisync.transport.base import RootLink
+from mpisync.transport.peers import Peer
+from mpisync.transport.wire import Header
+
+Heard = tuple[float, float, Header]  # time of completion, lot, header
+
+
+class Inbox:
+    """Takes in headers from all links.
+
+    Args:
+        links: One a transport.
+        members: All workers, by number.
+        me: The root's process.
+        clock: Monotonic seconds; that of the workers on this node.
+        lots: Breaks ties.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[RootLink],
+        members: Sequence[Member],
+        me: Peer,
+        clock: Callable[[], float],
+        lots: random.Random,
+    ) -> None:
+        self._links, self._members, self._me = links, members, me
+        self._clock, self._lots = clock, lots
+        self._kept: deque[Heard] = deque()
+
+    def take(self) -> deque[Heard]:
+        """Return all that has come and was not handled yet, first completed first.
+
+        Whoever handles an entry removes it; what is left is part of the next answer too.
+        """
+        headers = [header for link in self._links for header in link.headers()]
+        if not headers:
+            return self._kept
+        now_s = self._clock()  # after the last look: no stamp on this node is later
+        heard = list(self._kept)
+        for header in headers:
+            near = self._members[header.worker].peer.shares_kernel(self._me)
+            at_s = min(header.stamp_s, now_s) if near else now_s
+            heard.append((at_s, self._lots.random(), header))
+        heard.sort(key=lambda entry: entry[:2])
+        self._kept = deque(heard)
+        return self._kept
