@@ -12,14 +12,13 @@ class Asking:
 
     Args:
         members: All workers.
-        make_room: Gives back the memory of what is accepted already; False where that is none.
 
     Attributes:
         queue: Those whose payload was announced and not asked for yet, in order of arrival.
     """
 
-    def __init__(self, members: Sequence[Member], make_room: Callable[[], bool]) -> None:
-        self._members, self._make_room = members, make_room
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
         self.queue: list[Member] = []
 
     def add(self, member: Member) -> None:
@@ -32,10 +31,15 @@ class Asking:
         if member in self.queue:
             self.queue.remove(member)
 
-    def ask(self, lacking: int, now_s: float) -> None:
+    def ask(self, lacking: int, now_s: float, make_room: Callable[[], bool]) -> None:
         """Ask for payloads while fewer are on their way than the step lacks.
 
         One that stalls is not counted on: the next is asked for beside it, in its memory if there is no other.
+
+        Args:
+            lacking: How many the step lacks.
+            now_s: The time.
+            make_room: Gives back the memory of what is accepted already; False where that is none.
         """
         wanted = [member for member in self._members if member.state is State.WANTED]
         stalled = [m for m in wanted if not m.link.is_moving(m.worker, now_s)]
@@ -46,7 +50,7 @@ class Asking:
                 self.queue.pop(0)
                 member.state = State.WANTED
                 lacking -= 1
-            elif self._make_room():
+            elif make_room():
                 continue
             elif stalled:
                 loser = stalled.pop()

@@ -85,7 +85,7 @@ class Root:
         self._layout, self._weighted, self._norms = layout, weighted, norms
         self._lots = random.Random(0)
         self.inbox = Inbox(self.links, self.members, self.me, clock, self._lots)
-        self._asking = Asking(self.members, self._make_room)
+        self._asking = Asking(self.members)
         self._rejected_in_a_row = 0
         self._stop_asked = False
         self._last: int | None = None  # the version at which the training ends
@@ -140,7 +140,8 @@ class Root:
             self._hear()
             self._take_whole([w for link in self.links for w in link.progress()])
             if self._asking.queue and not self._is_closing:
-                self._asking.ask(self.policy.target(self._step) - len(self._step.accepted), self.clock())
+                lacking = self.policy.target(self._step) - len(self._step.accepted)
+                self._asking.ask(lacking, self.clock(), self._make_room)
             if self._stop_asked or not self._step.alive:
                 return None
             now_s = self.clock()
