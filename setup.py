@@ -46,6 +46,7 @@ setup(
         "test": [
             "build",
             "hypothesis",
+            "ml_dtypes",  # NumPy's bfloat16
             "mypy",
             "pytest>=8.2",
             "pytest-timeout",

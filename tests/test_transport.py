@@ -4,6 +4,7 @@ import errno
 import os
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -15,7 +16,7 @@ from mpisync.transport import duplicates
 from mpisync.transport import memory as memory_module
 from mpisync.transport.memory import Futex, SharedMemory
 
-DTYPES = [np.float64, np.float32, np.float16]
+DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 
 
 @pytest.fixture(params=["shared", "messages"])
@@ -80,8 +81,8 @@ def assert_nothing_left(comm):
 
 
 @pytest.mark.parallel(3)
-@pytest.mark.parametrize("size", [1, 7, 1000, 3_000_000])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 1000, 3_000_000])
 def test_means_and_parameters_arrive_whole(comm, transport, dtype, size):
     theta = np.zeros(size, dtype)
     steps = 4 if size > 1000 else 12
