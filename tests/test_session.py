@@ -31,10 +31,12 @@ def loader(**more):
     return DataLoader(DATA, **{"batch_size": 8, "shuffle": True, **more})
 
 
-def train(comm, model, optimizer, steps=12, data=None, body=None, **more):
-    """Run an ordinary loop; the verdicts that this rank got."""
+def train(comm, model, optimizer, steps=12, data=None, body=None, roles=None, **more):
+    """Run an ordinary loop; the verdicts that this rank got. `roles` takes what the session was inside."""
     verdicts = []
     with mpisync.Session(comm, model, optimizer, progress=False, **more) as session:
+        if roles is not None:
+            roles.append(session._role)
         for x, y in session.batches(loader() if data is None else data, steps=steps):
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -222,6 +224,95 @@ def test_clipping_average_scheduler_and_samples(comm):
     assert not np.array_equal(averages[0]["0.weight"], model[0].weight.detach().numpy())
 
 
+class Shared(nn.Module):
+    """With BatchNorm's buffers, a tied weight, a frozen one, and state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.one.weight
+        self.last = nn.Linear(6, 3)
+        self.last.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.other(self.one(self.norm(x))))
+
+    def get_extra_state(self):
+        return {"made": "here"}
+
+    def set_extra_state(self, state):
+        assert state == {"made": "here"}
+
+
+@pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_the_average_is_a_whole_state_of_the_model_that_can_be_loaded(comm, wrap):
+    check_average(comm, wrap(Shared().double()))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_alone_too_the_average_can_be_loaded(wrap):
+    from mpi4py import MPI
+
+    check_average(MPI.COMM_SELF, wrap(Shared().double()))
+
+
+def check_average(comm, model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    _, session = train(comm, model, optimizer, ema=0.5)
+    trained = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    twin = session.snapshot(average=True)
+    model.load_state_dict(session.average)
+    plain = getattr(model, "_orig_mod", model)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), twin.parameters(), strict=True))
+    moved = {name for name, value in model.state_dict().items() if name in trained and not value.equal(trained[name])}
+    names = {name.removeprefix("_orig_mod.") for name in moved}
+    assert names == {"norm.weight", "norm.bias", "one.weight", "one.bias", "other.weight", "other.bias", "last.weight"}
+    kept = {name: value.clone() for name, value in session.average.items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert all(torch.equal(session.average[name], value) for name, value in kept.items())
+    values = comm.allgather({name: value.numpy() for name, value in kept.items()})
+    assert all(np.array_equal(values[0][name], other[name]) for other in values for name in other)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_after_the_with_a_session_still_answers_and_holds_nothing_open(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    check_ended(comm, WORKERS)
+
+
+def test_after_the_with_it_answers_alone_too():
+    from mpi4py import MPI
+
+    check_ended(MPI.COMM_SELF, 1)
+
+
+def check_ended(comm, workers):
+    model = new_model(norm=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer := sgd(model), 5)
+    _, session = train(comm, model, optimizer, scheduler=scheduler, ema=0.5, steps=5)
+    comm.Barrier()  # nobody is there who could still answer
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)  # the model is the user's own again
+    assert session.stale() and session.version == 5 and session.workers == workers
+    session.stop()
+    assert (session.snapshot()[0].weight == 7.0).all()
+    assert not (session.snapshot(average=True)[0].weight == 7.0).any()
+    state = session.state_dict()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state["model"].items())
+    assert ("optimizer" in state and "scheduler" in state) == (comm.rank == comm.size - 1)
+    found = session.evaluate(lambda twin: twin[0].weight.max().item(), every=1)
+    assert found == (7.0 if session.worker == 0 else None)
+    with pytest.raises(RuntimeError, match="session has ended"):
+        session.step(1.0)
+    with pytest.raises(RuntimeError, match="once a session"):
+        session.batches(loader())
+
+
 @pytest.mark.parallel(WORKERS + 1)
 def test_stop_ends_everywhere_and_break_means_that_this_worker_leaves(comm):
     model = new_model()
@@ -307,13 +398,15 @@ def test_workers_that_draw_the_same_batches_are_warned_about(comm):
 @pytest.mark.parallel(WORKERS + 1)
 def test_samples_are_accounted_for(comm, tmp_path):
     path = comm.bcast(str(tmp_path / "record.jsonl"))
-    model = new_model()
-    verdicts, session = train(comm, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=20, record=path)
+    model, roles = new_model(), []
+    verdicts, session = train(
+        comm, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=20, record=path, roles=roles
+    )
     handed = sum(on_all(comm, 8 * len(verdicts)))
     if session.worker is None:
         _, steps = read_record(path)
         used = sum(step.samples_used for step in steps)
-        accounts = session._role._root.members
+        accounts = roles[0]._root.members
         assert used == sum(m.account.used for m in accounts) == 20 * 8
         assert handed == sum(m.account.handed for m in accounts)
         assert all(m.account.in_flight == 0 for m in accounts)

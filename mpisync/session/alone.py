@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.verdict import Verdict
 from mpisync.session.data import Batches
+from mpisync.session.ended import Averages
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
@@ -26,6 +27,7 @@ class Alone:
 
     worker = 0
     workers = 1
+    makes_updates = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
         check_model_and_optimizer(model, optimizer)
@@ -100,11 +102,12 @@ class Alone:
             for own, value in zip(twin.parameters, self._averages, strict=True):
                 own.data.copy_(value)
 
-    def average(self) -> dict[str, Tensor] | None:
-        """The average of the parameters, by name."""
+    @property
+    def averages(self) -> Averages | None:
+        """Each parameter with its average."""
         if self._settings.ema is None:
             return None
-        return dict(zip(self._flat.names, self._averages, strict=True))
+        return list(zip(self._flat.parameters, self._averages, strict=True))
 
     def leave(self, error: BaseException | None) -> None:
         """Give the optimizer its step back."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.verdict import Verdict
 from mpisync.session.data import Batches
+from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
@@ -29,6 +30,8 @@ _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 class Computing:
     """Draws batches, sends gradients and takes parameters."""
+
+    makes_updates = False
 
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
@@ -55,7 +58,7 @@ class Computing:
         self._writes = WriteWatch(named, _REMEDY) if in_place else None
         self._data: Batches | None = None
         self._has_batch = False
-        self._average: dict[str, Tensor] | None = None
+        self.averages: Averages | None = None  # each parameter with its average, at the end
         self._has_average = settings.ema is not None
 
     @property
@@ -146,10 +149,6 @@ class Computing:
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._place.published.extras(memory)))
 
-    def average(self) -> dict[str, Tensor] | None:
-        """The average of the parameters, by name, once the session has ended."""
-        return self._average
-
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
@@ -161,10 +160,8 @@ class Computing:
                 self._flat.buffers.load(self._published_buffers)
                 if self._has_average:
                     views = self._joint.averages(self._worker.link.parameters)
-                    self._average = {
-                        name: view.clone()
-                        for name, view in zip(self._flat.names, views.tensors, strict=True)
-                    }
+                    pairs = zip(self._flat.parameters, views.tensors, strict=True)
+                    self.averages = [(parameter, view.clone()) for parameter, view in pairs]
         finally:
             self._flat.unbind()
             self._threads.restore()

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 import mpisync
 from mpisync.aggregation.steps import ClosedStep
 from mpisync.policies import RecordWriter, RunHeader
+from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_root, problem_of
 from mpisync.session.flat import FlatModel
 from mpisync.session.joint import Joint
@@ -30,6 +31,7 @@ class Serving:
     """Turns closed steps into updates."""
 
     worker = None
+    makes_updates = True
 
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
@@ -49,6 +51,7 @@ class Serving:
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
         self._averages: tuple[Tensor, ...] = ()
+        self.averages: Averages | None = None  # each parameter with its average, at the end
         if settings.ema is not None:
             averages = self._joint.averages(memory)
             self._flat.store(averages)
@@ -63,7 +66,6 @@ class Serving:
         )
         self._root = self._place.root(weighted=settings.weight == "samples")
         self._mean = self._flat.views(self._root.mean)
-        self._average: dict[str, Tensor] | None = None
         self._warned = False
         self._progress: Progress | None = None
         self._write_header()
@@ -158,10 +160,6 @@ class Serving:
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._extras))
 
-    def average(self) -> dict[str, Tensor] | None:
-        """The average of the parameters, by name, once the session has ended."""
-        return self._average
-
     def leave(self, error: BaseException | None) -> None:
         """End the training everywhere."""
         if self._progress is not None:
@@ -169,8 +167,8 @@ class Serving:
         try:
             self._flat.buffers.load(self._buffers)
             if self._averages:
-                pairs = zip(self._flat.names, self._averages, strict=True)
-                self._average = {name: view.clone() for name, view in pairs}
+                pairs = zip(self._flat.parameters, self._averages, strict=True)
+                self.averages = [(parameter, view.clone()) for parameter, view in pairs]
             # MPI still sends from this memory until everyone has said goodbye
             leave_root(self._root, error)
         finally:

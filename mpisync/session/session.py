@@ -17,6 +17,7 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import Policy, StepRecord
 from mpisync.session.alone import Alone
 from mpisync.session.computing import Computing
+from mpisync.session.ended import Ended, averaged_state
 from mpisync.session.ends import chosen_policy
 from mpisync.session.flat import FlatModel
 from mpisync.session.serving import Serving
@@ -62,6 +63,10 @@ class Session:
         record: A file for one JSON line a step; `Replay` reads it.
         on_step: Called at the root with every step's `StepRecord`.
         progress: Whether the root prints a progress line.
+
+    Attributes:
+        average: After the `with`, the moving average for ``model.load_state_dict``: the model's
+            state_dict with the averages in place of its parameters; None without `ema`.
 
     Raises:
         ValueError: Ranks disagree, or the model, optimizer or policy cannot be used; on every rank.
@@ -109,10 +114,10 @@ class Session:
             chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
             on_step, progress,
         )  # fmt: skip
-        self._role: Alone | Computing | Serving | None = None
+        self._role: Alone | Computing | Serving | Ended | None = None
         self._has_batches = False
         self._evaluated = 0
-        self.average: dict[str, Tensor] | None = None
+        self.average: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
         if self._comm.size == 1:
@@ -129,11 +134,16 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._active.leave(error)
-        self.average = self._active.average()
+        role = self._active
+        try:
+            role.leave(error)
+            if role.averages is not None:
+                self.average = averaged_state(self._model, role.averages)
+        finally:
+            self._role = Ended(role.worker, role.workers, role.version, role.makes_updates, role.averages)
 
     @property
-    def _active(self) -> Alone | Computing | Serving:
+    def _active(self) -> Alone | Computing | Serving | Ended:
         if self._role is None:
             raise RuntimeError("the session has not begun: write `with Session(...) as session:`")
         return self._role
@@ -234,7 +244,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Return the version and the model's state; on the root the optimizer's and scheduler's too."""
         state = {"version": self.version, "model": self.snapshot().state_dict()}
-        if self.worker is None or self.workers == 1 and isinstance(self._role, Alone):
+        if self._active.makes_updates:
             state["optimizer"] = self._optimizer.state_dict()
             if self._settings.scheduler is not None:
                 state["scheduler"] = self._settings.scheduler.state_dict()
