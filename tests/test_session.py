@@ -331,6 +331,27 @@ def test_stop_ends_everywhere_and_break_means_that_this_worker_leaves(comm):
 
 
 @pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_a_root_that_is_kept_out_of_the_loop_is_an_error_everywhere(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    model = new_model()
+    with fails_everywhere(comm, RuntimeError, "the root must go through session.batches too"):
+        with mpisync.Session(comm, model, sgd(model), progress=False) as session:
+            if session.worker is not None:
+                for x, y in session.batches(loader(), steps=3):
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    session.step(loss)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_loop_of_no_steps_is_a_loop(comm):
+    model = new_model()
+    verdicts, session = train(comm, model, sgd(model), steps=0)
+    assert verdicts == [] and session.version == 0
+
+
+@pytest.mark.parallel(WORKERS + 1)
 def test_evaluation_and_snapshot_are_private_copies_on_one_worker(comm):
     model = new_model()
     found = []

@@ -66,7 +66,7 @@ class Serving:
         )
         self._root = self._place.root(weighted=settings.weight == "samples")
         self._mean = self._flat.views(self._root.mean)
-        self._warned = False
+        self._warned = self._has_served = False
         self._progress: Progress | None = None
         self._write_header()
 
@@ -103,6 +103,7 @@ class Serving:
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
+        self._has_served = True
         if self._settings.progress:
             hosts = [peer.host for peer in self._place.meeting.peers[:-1]]
             self._progress = Progress(steps, hosts)
@@ -164,6 +165,12 @@ class Serving:
         """End the training everywhere."""
         if self._progress is not None:
             self._progress.close()
+        absence = None
+        if error is None and not self._has_served:
+            error = absence = RuntimeError(
+                "the root must go through session.batches too, where it makes the updates (it is given no batch): "
+                "do not guard the loop by session.worker or comm.rank"
+            )
         try:
             self._flat.buffers.load(self._buffers)
             if self._averages:
@@ -176,4 +183,6 @@ class Serving:
             self._threads.restore()
             if self._writer is not None:
                 self._writer.close()
+        if absence is not None:
+            raise absence
 
