@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from mpisync.aggregation.verdict import Verdict
 from mpisync.session.data import Batches
+from mpisync.session.drawn import Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import forbid_steps
@@ -50,7 +51,8 @@ class Alone:
             self._averages,
         )
         self._trap = forbid_steps(optimizer, settings.scheduler)
-        self._has_batch = self._stopped = False
+        self._drawn = Drawn(self._flat.parameters)
+        self._stopped = False
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Yield batches until there were `steps` updates."""
@@ -58,23 +60,16 @@ class Alone:
         try:
             while not self._stopped and (steps is None or self.version < steps):
                 batch, _ = next(data)
-                self._has_batch = True
+                self._drawn.add(data)
                 yield batch
-                if self._has_batch:
-                    raise RuntimeError(
-                        "the loop went on to the next batch without session.step(loss): call it "
-                        "once for every batch"
-                    )
+                self._drawn.goes_on()
+            self._drawn.drop()
         finally:
             data.close()
 
     def step(self, loss: float, samples: int | None) -> Verdict:
         """Update from the gradient, unless it has NaN or Inf."""
-        if not self._has_batch:
-            raise RuntimeError(
-                "session.step must follow a batch of session.batches, once for each"
-            )
-        self._has_batch = False
+        self._drawn.take(samples)
         gradients = [p.grad for p in self._flat.parameters if p.grad is not None]
         step = self.version
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from mpisync.aggregation.verdict import Verdict
 from mpisync.session.data import Batches
+from mpisync.session.drawn import Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
 from mpisync.session.flat import FlatModel
@@ -56,8 +57,7 @@ class Computing:
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes = WriteWatch(named, _REMEDY) if in_place else None
-        self._data: Batches | None = None
-        self._has_batch = False
+        self._drawn = Drawn(self._flat.parameters)
         self.averages: Averages | None = None  # each parameter with its average, at the end
         self._has_average = settings.ema is not None
 
@@ -68,48 +68,37 @@ class Computing:
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Yield batches until training ends; how many steps there are is the root's to know."""
-        self._data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
+        data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
         try:
             running = self._pull()
             while running:
-                batch, _ = next(self._data)
-                self._worker.handed = self._data.samples
-                self._has_batch = True
+                batch, _ = next(data)
+                self._worker.handed += data.batch_samples
+                self._drawn.add(data)
                 yield batch
-                if self._has_batch:
-                    raise RuntimeError(
-                        "the loop went on to the next batch without session.step(loss): call it "
-                        "once for every batch"
-                    )
                 running = self._worker.ended is None
-                if running and self._worker.is_stale():
+                # a gradient is of one version: only the end comes between its batches
+                if running and (self._has_ended() if self._drawn.goes_on() else self._worker.is_stale()):
                     running = self._pull()
+            self._drawn.drop()
         finally:
-            self._data.close()
+            data.close()
 
     def step(self, loss: float, samples: int | None) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
-        if self._data is None or not self._has_batch:
-            raise RuntimeError(
-                "session.step must follow a batch of session.batches, once for each"
-            )
-        self._has_batch = False
+        basis = self._drawn.take(samples)
         self._groups.check()
         if self._writes is not None:
             self._writes.check()
         packed = self._flat.pack_gradients(self._slot)
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)
         self._flat.buffers.pack(self._buffers)
-        counted = self._data.batch_samples if samples is None else samples
-        if counted < 1:
-            raise ValueError(f"a gradient must be the mean of at least 1 sample, not {counted}")
-        self._worker.handed += counted - self._data.batch_samples
-        self._data.samples += counted - self._data.batch_samples
+        self._worker.handed += basis.samples - basis.drawn
         verdict = self._worker.push(
             finite=packed.finite,
-            samples=counted,
+            samples=basis.samples,
             loss=loss,
-            data_s=self._data.data_s,
+            data_s=basis.data_s,
             fingerprint=self._fingerprint(),
         )
         self._pull()
@@ -133,6 +122,9 @@ class Computing:
             self._flat.buffers.load(self._published_buffers)
             if not running or self._reads or not self._worker.link.is_behind(self._worker.version):
                 return running
+
+    def _has_ended(self) -> bool:
+        return self._worker.link.end() is not None
 
     def stale(self) -> bool:
         """Whether the step that this worker computes for has closed."""

@@ -154,8 +154,8 @@ class Session:
         """Yield this worker's batches until the parameters have had `steps` updates.
 
         The loader is shared out among the workers and gone through again and again; on the root
-        nothing is yielded. Each batch is to be followed by one `step`. Leaving the loop early means
-        that this worker leaves.
+        nothing is yielded. `step` follows each batch, or each few: gradients accumulate in between,
+        as everywhere in torch. Leaving the loop early means that this worker leaves.
 
         Args:
             loader: A DataLoader, a list of batches, or any iterable of batches. A sampler of your
@@ -163,7 +163,7 @@ class Session:
             steps: How many versions to make; without it, until `stop`.
 
         Raises:
-            RuntimeError: A batch was not followed by `step`, or this is a second loop.
+            RuntimeError: This is a second loop; at the end of the `with`: the root had none.
             PeerFailed: Another rank failed.
         """
         if self._has_batches:
@@ -176,9 +176,12 @@ class Session:
     def step(self, loss: Tensor | float | None = None, *, samples: int | None = None) -> Verdict:
         """Send the gradient that `backward` left, wait for its verdict, and take the newest parameters.
 
+        Several batches make one gradient where `step` comes after the last of them only: as it has
+        accumulated, all computed on the same parameters. Scale each loss as you would elsewhere.
+
         Args:
             loss: The batch's loss, for records and reports.
-            samples: How many samples it is the mean of; counted from the batch otherwise.
+            samples: How many samples it is the mean of; counted from the batches otherwise.
 
         Returns:
             Whether the gradient was accepted, and if not, why.
