@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.session.schedule import check_scheduler
 
 
 def sgd(model, **options):
@@ -217,6 +218,33 @@ def test_other_objects_are_refused_by_type():
 def test_names_come_without_what_compile_puts_into_them():
     model = torch.compile(nn.Sequential(nn.Embedding(3, 2, sparse=True)), backend="eager")
     assert "module '0' is" in refused(model)
+
+
+class ByEpoch:
+    """As timm's schedulers are: step() wants to know the epoch."""
+
+    def step(self, epoch, metric=None):
+        raise AssertionError
+
+
+class ByScore(lr_scheduler.ReduceLROnPlateau):
+    """What goes by a metric of one name or another."""
+
+    def step(self, val_loss):
+        super().step(val_loss)
+
+
+def test_schedulers_that_need_more_than_a_loss_are_refused_by_name():
+    optimizer = sgd(nn.Linear(2, 2))
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer)
+    for fine in (None, lr_scheduler.StepLR(optimizer, 1), plateau, ByScore(optimizer)):
+        check_scheduler(fine, optimizer)
+    with pytest.raises(TypeError, match=r"ByEpoch.step needs epoch, .*: step it in on_step="):
+        check_scheduler(ByEpoch(), optimizer)
+    with pytest.raises(TypeError, match="scheduler must have a step.* int has none"):
+        check_scheduler(3, optimizer)
+    with pytest.raises(ValueError, match="the scheduler, StepLR, is of another optimizer"):
+        check_scheduler(lr_scheduler.StepLR(sgd(nn.Linear(2, 2)), 1), optimizer)
 
 
 # --- left-over steps -------------------------------------------------------------------------

@@ -315,6 +315,95 @@ def check_ended(comm, workers):
 
 
 @pytest.mark.parallel(WORKERS + 1)
+def test_a_scheduler_on_a_worker_shows_the_roots_rates(comm):
+    """Worker 0 misses versions; before each step it is where the root was when it made that version."""
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.0, total_steps=31)
+    seen, rates = [], {0: scheduler.get_last_lr()[0]}
+
+    def look(session, x):
+        if session.worker == 0 and session.version % 3 == 0:
+            start_s = time.monotonic()
+            while not session.stale() and time.monotonic() < start_s + 10:
+                time.sleep(0.001)
+        group = optimizer.param_groups[0]
+        seen.append((session.version, scheduler.get_last_lr()[0], group["lr"], group["momentum"]))
+
+    def note(record):
+        rates[record.step + 1] = scheduler.get_last_lr()[0]
+
+    settings = {"policy": mpisync.BackupWorkers(1), "scheduler": scheduler, "on_step": note}
+    train(comm, model, optimizer, steps=30, body=look, **settings)
+    rates = comm.bcast(rates, root=WORKERS)
+    assert all(rates[version] == shown == lr and momentum < 0.96 for version, shown, lr, momentum in seen)
+    assert {(scheduler.last_epoch, scheduler.get_last_lr()[0])} == {(30, rates[30])}
+    optimizer.step()
+    with fails_everywhere(comm, RuntimeError, "param_groups[0]['lr'] was changed"):
+        train(comm, model, optimizer, steps=5, body=lambda s, x: optimizer.param_groups[0].update(lr=0.7))
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_plateau_scheduler_gets_the_mean_accepted_loss(comm):
+    model = new_model()
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    heard, rates = [], []
+
+    class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        def step(self, metrics):
+            heard.append(metrics)
+            super().step(metrics)
+
+    scheduler = Plateau(optimizer, patience=0, factor=0.5)
+    records = []
+
+    def note(record):
+        records.append(record)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    with mpisync.Session(comm, model, optimizer, scheduler=scheduler, on_step=note, progress=False) as session:
+        for number, (x, y) in enumerate(session.batches(loader(), steps=6)):
+            F.cross_entropy(model(x), y).backward()
+            session.step([5.0, 4.0, 6.0, 3.0, 2.0, 9.0][number] + session.worker)
+    assert heard == ([5.5, 4.5, 6.5, 3.5, 2.5, 9.5] if session.worker is None else [])
+    assert rates == ([0.1, 0.1, 0.05, 0.05, 0.05, 0.025] if session.worker is None else [])
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_plateau_scheduler_without_losses_is_left_alone_with_a_warning(comm):
+    model = new_model()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer := sgd(model), patience=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with mpisync.Session(comm, model, optimizer, scheduler=scheduler, progress=False) as session:
+            for x, y in session.batches(loader(), steps=6):
+                F.cross_entropy(model(x), y).backward()
+                session.step()
+    texts = [str(w.message) for w in caught if "ReduceLROnPlateau goes by the mean loss" in str(w.message)]
+    assert len(texts) == (session.worker is None) and optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_the_schedule_follows_the_version_where_the_mean_is_refused(comm):
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    records = []
+
+    def huge(session, x):
+        if session.version == 0:
+            for p in model.parameters():
+                p.grad.fill_(3e38 - 1e36 * session.worker)  # finite, and their sum is not
+
+    data = DataLoader(TensorDataset(DATA.tensors[0].float(), DATA.tensors[1]), batch_size=8)
+    train(comm, model, optimizer, steps=3, body=huge, scheduler=scheduler, on_step=records.append, data=data)
+    if comm.rank == WORKERS:
+        assert [record.updated for record in records] == [False, True, True]
+    assert scheduler.last_epoch == 3 and np.isfinite(flat(model)).all()
+
+
+@pytest.mark.parallel(WORKERS + 1)
 def test_stop_ends_everywhere_and_break_means_that_this_worker_leaves(comm):
     model = new_model()
     with mpisync.Session(comm, model, sgd(model), policy=mpisync.BackupWorkers(0), progress=False) as session:
@@ -657,3 +746,76 @@ def test_alone_the_same_script_trains_with_a_notice(capfd):
     verdicts, session = train(MPI.COMM_SELF, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=7)
     assert session.version == 7 and all(v.accepted for v in verdicts)
     assert "policy backup:1 is ignored" in capfd.readouterr().err
+
+
+def test_alone_the_record_the_hook_and_the_progress_line_work(tmp_path, capfd):
+    from mpi4py import MPI
+
+    path, heard, model = str(tmp_path / "record.jsonl"), [], new_model()
+    optimizer = sgd(model)
+
+    def note(record):
+        heard.append((record, [p.grad is not None for p in model.parameters()]))
+        optimizer.param_groups[0]["lr"] *= 0.5  # the hook runs where updates are made, here too
+
+    def poison(number):
+        if number == 2:
+            model[0].weight.grad[0, 0] = float("nan")
+
+    with mpisync.Session(MPI.COMM_SELF, model, optimizer, record=path, on_step=note, ema=0.9) as session:
+        for number, (x, y) in enumerate(session.batches(loader(), steps=6)):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            poison(number)
+            session.step(loss)
+    header, steps = read_record(path)
+    assert (header.policy, header.workers, len(header.hosts), header.settings["ema"]) == ("backup:0", 1, 1, 0.9)
+    assert [record for record, _ in heard] == steps and all(all(grads) for _, grads in heard)
+    assert [step.accepted for step in steps] == [[(0, n + (n > 1), n)] for n in range(6)]
+    assert [[a.verdict for a in step.arrivals] for step in steps] == [["accepted"]] * 2 + [["rejected", "accepted"]] + [
+        ["accepted"]
+    ] * 3
+    assert all(step.samples_used == 8 and step.arrivals[-1].loss > 0 for step in steps)
+    assert all(step.opened_s <= step.closed_s <= step.published_s for step in steps)
+    assert steps[-1].counts == {"accepted": 6, "late": 0, "rejected": 1}
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 64)
+    assert "step 6/6 | accepted 1/1 | rejected 1 |" in capfd.readouterr().err
+
+
+@pytest.mark.parallel(2)
+def test_a_record_of_one_process_alone_can_be_replayed_by_a_worker(comm, tmp_path):
+    path = comm.bcast(str(tmp_path / "record.jsonl"))
+    first = new_model()
+    if comm.rank == 0:
+        from mpi4py import MPI
+
+        train(MPI.COMM_SELF, first, sgd(first), record=path, steps=10)
+    comm.Barrier()
+    again = new_model()
+    train(comm, again, sgd(again), policy=mpisync.Replay(path), steps=10)
+    assert np.array_equal(comm.bcast(flat(first)), flat(again))
+
+
+def test_alone_a_diverged_model_ends_the_training():
+    from mpi4py import MPI
+
+    model = new_model()
+    with pytest.raises(RuntimeError, match="last 20 gradients all had NaN or Inf: training has diverged at version 3"):
+        train(
+            MPI.COMM_SELF,
+            model,
+            sgd(model),
+            body=lambda s, x: model[0].weight.grad.fill_(float("nan")) if s.version == 3 else None,
+        )
+
+
+def test_alone_a_plateau_scheduler_gets_the_loss():
+    from mpi4py import MPI
+
+    model = new_model()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer := sgd(model), patience=0, factor=0.5)
+    with mpisync.Session(MPI.COMM_SELF, model, optimizer, scheduler=scheduler) as session:
+        for x, y in session.batches(loader(), steps=4):
+            F.cross_entropy(model(x), y).backward()
+            session.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +13,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from mpisync.aggregation.root import _REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
+from mpisync.policies import ArrivalRecord, BackupWorkers, StepRecord
 from mpisync.session.data import Batches
-from mpisync.session.drawn import Drawn
+from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.session.reports import Reports
+from mpisync.session.schedule import Schedule, check_scheduler
 from mpisync.session.update import Update
 
 if TYPE_CHECKING:
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """Trains in this process."""
+    """Trains in this process, which is worker 0 and makes the updates too."""
 
     worker = 0
     workers = 1
@@ -32,6 +39,8 @@ class Alone:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
         check_model_and_optimizer(model, optimizer)
+        check_scheduler(settings.scheduler, optimizer)
+        self._reports = Reports(settings)
         print(
             f"mpisync: one process trains alone, so the policy {settings.policy} is ignored; start "
             "it with `mpisync run -n 5 ...` or mpirun for workers and a root",
@@ -43,20 +52,23 @@ class Alone:
         self._flat = FlatModel(model)
         self._averages = [p.detach().clone() for p in self._flat.parameters]
         self._update = Update(
-            self._flat.parameters,
-            optimizer,
-            settings.scheduler,
-            settings.clip_norm,
-            settings.ema,
-            self._averages,
+            self._flat.parameters, optimizer, settings.clip_norm, settings.ema, self._averages
         )
+        self._schedule = Schedule(settings.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, settings.scheduler)
         self._drawn = Drawn(self._flat.parameters)
         self._stopped = False
+        self._opened_s = self._began_s = time.monotonic()  # of the step, and of the computation
+        self._arrivals: list[ArrivalRecord] = []  # of the open step
+        self._sequence = self._rejected = self._rejected_in_a_row = 0
+        # what it does, whatever the policy: every step is the gradient of the only worker
+        self._reports.header(str(BackupWorkers(0)), [socket.gethostname()])
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Yield batches until there were `steps` updates."""
         data = Batches(loader, worker=0, workers=1, seed=self._settings.seed)
+        self._reports.begin(steps)
+        self._opened_s = self._began_s = time.monotonic()
         try:
             while not self._stopped and (steps is None or self.version < steps):
                 batch, _ = next(data)
@@ -69,19 +81,73 @@ class Alone:
 
     def step(self, loss: float, samples: int | None) -> Verdict:
         """Update from the gradient, unless it has NaN or Inf."""
-        self._drawn.take(samples)
+        basis = self._drawn.take(samples)
+        came_s = time.monotonic()
         gradients = [p.grad for p in self._flat.parameters if p.grad is not None]
         step = self.version
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        reason = "" if finite else "the gradient has NaN or Inf"
+        self._enter(basis, loss, came_s, reason)
         if finite:
+            self._rejected_in_a_row = 0
             self._trap.undo()
             self._update.apply()
-            self._trap = forbid_steps(self._optimizer, self._settings.scheduler)
+            self._schedule.advance(loss)
             self.version += 1
+            self._report(basis, came_s)
+            self._trap = forbid_steps(self._optimizer, self._settings.scheduler)
+        else:
+            self._count_rejection()
         for parameter in self._flat.parameters:
             parameter.grad = None
-        reason = "" if finite else "the gradient has NaN or Inf"
+        self._began_s = time.monotonic()
         return Verdict(step, finite, 0, self.version, reason, 0.0)
+
+    def _enter(self, basis: Basis, loss: float, came_s: float, reason: str) -> None:
+        """Enter the verdict on a gradient."""
+        self._arrivals.append(
+            ArrivalRecord(
+                worker=0,
+                sequence=self._sequence,
+                version=self.version,
+                verdict="rejected" if reason else "accepted",
+                offset_s=came_s - self._opened_s,
+                reason=reason or None,
+                compute_s=came_s - self._began_s - basis.data_s,
+                data_s=basis.data_s,
+                samples=basis.samples,
+                loss=None if math.isnan(loss) else loss,
+            )
+        )
+        self._sequence += 1
+
+    def _report(self, basis: Basis, came_s: float) -> None:
+        """Report the step that was closed by the newest gradient, and open the next."""
+        now_s = time.monotonic()
+        record = StepRecord(
+            step=self.version - 1,
+            opened_s=self._opened_s,
+            closed_s=came_s,
+            published_s=now_s,
+            target=1,
+            alive=1,
+            accepted=[(0, self._sequence - 1, self.version - 1)],
+            arrivals=self._arrivals,
+            samples_used=basis.samples,
+            update_s=now_s - came_s,
+            counts={"accepted": self.version, "late": 0, "rejected": self._rejected},
+        )
+        self._opened_s, self._arrivals = now_s, []
+        self._reports.step(record)
+
+    def _count_rejection(self) -> None:
+        self._rejected += 1
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= _REJECTIONS_PER_WORKER:
+            raise RuntimeError(
+                f"the last {self._rejected_in_a_row} gradients all had NaN or Inf: training has diverged at version "
+                f"{self.version}; lower the learning rate or clip the gradient"
+            )
 
     def stale(self) -> bool:
         """Nobody makes newer parameters."""
@@ -107,3 +173,4 @@ class Alone:
     def leave(self, error: BaseException | None) -> None:
         """Give the optimizer its step back."""
         self._trap.undo()
+        self._reports.close()

@@ -19,6 +19,7 @@ from mpisync.session.ends import leave_worker
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.joint import Joint
+from mpisync.session.schedule import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
 
@@ -53,6 +54,7 @@ class Computing:
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
         self._flat.bind(self._joint.parameters(self._memory))
+        self._schedule = Schedule(settings.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, settings.scheduler)
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
@@ -86,7 +88,7 @@ class Computing:
 
     def step(self, loss: float, samples: int | None) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
-        basis = self._drawn.take(samples)
+        basis = self._drawn.take(samples, is_vain=self._is_late)
         self._groups.check()
         if self._writes is not None:
             self._writes.check()
@@ -121,7 +123,18 @@ class Computing:
             # a late step leaves no trace: these are the published ones, whatever ours have become
             self._flat.buffers.load(self._published_buffers)
             if not running or self._reads or not self._worker.link.is_behind(self._worker.version):
+                self._follow()
                 return running
+
+    def _follow(self) -> None:
+        """Let the scheduler here show what the root's does."""
+        if self._schedule.lags(self.version):
+            self._groups.check()
+            self._schedule.follow(self.version)
+            self._groups.reset()
+
+    def _is_late(self) -> bool:
+        return self._place.policy.staleness == 0 and self._worker.is_stale()
 
     def _has_ended(self) -> bool:
         return self._worker.link.end() is not None
@@ -150,6 +163,8 @@ class Computing:
                 if self._reads:
                     self._worker.read(self._memory)
                 self._flat.buffers.load(self._published_buffers)
+                if self._schedule.lags(self.version):
+                    self._schedule.follow(self.version)
                 if self._has_average:
                     views = self._joint.averages(self._worker.link.parameters)
                     pairs = zip(self._flat.parameters, views.tensors, strict=True)

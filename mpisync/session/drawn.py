@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -62,15 +62,23 @@ class Drawn:
             self._forget()
         return self._batches > 0
 
-    def take(self, samples: int | None) -> Basis:
+    def take(self, samples: int | None, *, is_vain: Callable[[], bool] = bool) -> Basis:
         """End a gradient: the next batch begins another.
 
+        Args:
+            samples: How many it is the mean of, if the loop says so.
+            is_vain: Whether it will be late for sure, so that it may be given up before `backward`.
+
         Raises:
-            RuntimeError: No batch was drawn for it.
+            RuntimeError: No batch was drawn for it, or none of the parameters has a gradient.
             ValueError: It is the mean of no sample.
         """
         if not self._batches:
             raise RuntimeError("session.step must follow a batch of session.batches, or several")
+        if not self.has_gradient() and not is_vain():
+            raise RuntimeError(
+                "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"
+            )
         basis = Basis(self._samples if samples is None else samples, self._samples, self._data_s)
         if basis.samples < 1:
             raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,14 +11,13 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import mpisync
 from mpisync.aggregation.steps import ClosedStep
-from mpisync.policies import RecordWriter, RunHeader
 from mpisync.session.ended import Averages
-from mpisync.session.ends import leave_root, problem_of
+from mpisync.session.ends import leave_root
 from mpisync.session.flat import FlatModel
 from mpisync.session.joint import Joint
-from mpisync.session.progress import Progress
+from mpisync.session.reports import Reports
+from mpisync.session.schedule import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.session.update import Update
 
@@ -36,9 +34,11 @@ class Serving:
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
     ) -> None:
-        self._settings = settings
-        self._writer: RecordWriter | None = None
-        problem = problem_of(self._open_record)
+        reports, problem = None, ""
+        try:
+            reports = Reports(settings)
+        except ValueError as error:
+            problem = str(error)  # for every rank
         self._joint = Joint(comm, model, optimizer, settings, problem)
         self._place, self._flat = self._joint.place, self._joint.flat
         self.workers = comm.size - 1
@@ -59,42 +59,17 @@ class Serving:
         self._update = Update(
             self._flat.parameters,
             optimizer,
-            settings.scheduler,
             settings.clip_norm,
             settings.ema,
             self._averages,
         )
+        self._schedule = Schedule(settings.scheduler, optimizer)
         self._root = self._place.root(weighted=settings.weight == "samples")
         self._mean = self._flat.views(self._root.mean)
         self._warned = self._has_served = False
-        self._progress: Progress | None = None
-        self._write_header()
-
-    def _open_record(self) -> None:
-        if self._settings.record is not None:
-            try:
-                self._writer = RecordWriter(self._settings.record)
-            except OSError as error:
-                raise ValueError(str(error)) from error
-
-    def _write_header(self) -> None:
-        if self._writer is not None:
-            peers = self._place.meeting.peers
-            self._writer.header(
-                RunHeader(
-                    policy=str(self._settings.policy),
-                    workers=self.workers,
-                    seed=self._settings.seed,
-                    started_unix_s=time.time(),
-                    version=mpisync.__version__,
-                    hosts=[peer.host for peer in peers[:-1]],
-                    settings={
-                        "weight": self._settings.weight,
-                        "clip_norm": self._settings.clip_norm,
-                        "ema": self._settings.ema,
-                    },
-                )
-            )
+        assert reports is not None  # else Joint has raised the problem
+        self._reports = reports
+        self._reports.header(str(settings.policy), [peer.host for peer in self._place.meeting.peers[:-1]])
 
     @property
     def version(self) -> int:
@@ -104,18 +79,11 @@ class Serving:
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
         self._has_served = True
-        if self._settings.progress:
-            hosts = [peer.host for peer in self._place.meeting.peers[:-1]]
-            self._progress = Progress(steps, hosts)
+        self._reports.begin(steps)
         for closed in self._root.serve(steps):
             self._take(closed)
-            record = closed.publish()
-            if self._writer is not None:
-                self._writer.step(record)
-            if self._progress is not None:
-                self._progress.step(record)
-            if self._settings.on_step is not None:
-                self._settings.on_step(record)
+            self._schedule.advance(closed.loss)
+            self._reports.step(closed.publish())
         yield from ()
 
     def _take(self, closed: ClosedStep) -> None:
@@ -163,8 +131,7 @@ class Serving:
 
     def leave(self, error: BaseException | None) -> None:
         """End the training everywhere."""
-        if self._progress is not None:
-            self._progress.close()
+        self._reports.close()
         absence = None
         if error is None and not self._has_served:
             error = absence = RuntimeError(
@@ -181,8 +148,6 @@ class Serving:
         finally:
             self._flat.unbind()
             self._threads.restore()
-            if self._writer is not None:
-                self._writer.close()
         if absence is not None:
             raise absence
 

@@ -54,7 +54,8 @@ class Session:
         optimizer: Any torch optimizer without a closure; only the root's is stepped.
         policy: When a step closes and which gradients count: `BackupWorkers(b)`, `Deadline`,
             `Async`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
-        scheduler: A learning-rate scheduler of `optimizer`, stepped by the root once a version.
+        scheduler: A learning-rate scheduler of `optimizer`, stepped once a version; one that goes by the
+            loss (ReduceLROnPlateau) gets the mean loss of the accepted gradients.
         seed: What batches and random numbers follow from, with worker and sequence.
         weight: "equal", or "samples" to weight each gradient by its samples.
         clip_norm: The largest global norm of the mean gradient.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,11 @@ from torch.optim import Optimizer
 
 
 class Update:
-    """Clips, steps the optimizer and the scheduler, and keeps the average of the parameters.
+    """Clips, steps the optimizer, and keeps the average of the parameters.
 
     Args:
         parameters: What is trained.
         optimizer: Any torch optimizer that needs no closure.
-        scheduler: Stepped once a version.
         clip_norm: The largest global norm of the mean gradient; None for no clipping.
         decay: Of the exponential moving average; None for none.
         average: Where the average lies, one tensor a parameter.
@@ -26,12 +24,11 @@ class Update:
         self,
         parameters: Sequence[nn.Parameter],
         optimizer: Optimizer,
-        scheduler: Any | None,  # noqa: ANN401 (torch has no common class for schedulers)
         clip_norm: float | None,
         decay: float | None,
         average: Sequence[Tensor],
     ) -> None:
-        self._parameters, self._optimizer, self._scheduler = parameters, optimizer, scheduler
+        self._parameters, self._optimizer = parameters, optimizer
         self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
 
     def apply(self) -> None:
@@ -39,8 +36,6 @@ class Update:
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self._optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
         if self._decay is not None:
             with torch.no_grad():
                 current = [parameter.data for parameter in self._parameters]
