@@ -172,6 +172,43 @@ def test_writing_to_shared_parameters_is_seen_and_named(comm):
 
 
 @pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_clamping_in_a_step_hook_is_done_before_anyone_sees_the_parameters(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    model, largest = new_model(), []
+
+    def clamp(optimizer, arguments, keywords):
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(-0.01, 0.01)
+
+    optimizer = sgd(model)
+    optimizer.register_step_post_hook(clamp)
+
+    def look(session, x):
+        if session.version:
+            largest.append(np.abs(flat(model)).max())
+
+    train(comm, model, optimizer, body=look, steps=8, ema=0.5)
+    assert largest == [0.01] * 7 * (comm.rank < WORKERS)
+    assert np.abs(flat(model)).max() == 0.01
+
+
+@pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("options", [{}, {"own_copy": True}, {"policy": mpisync.Async(1)}])
+def test_parameters_that_are_mapped_read_only_change_nothing_for_who_does_not_write(comm, monkeypatch, capfd, options):
+    monkeypatch.setenv("MPISYNC_READ_ONLY", "1")
+    model = new_model(norm=True)
+    _, session = train(comm, model, sgd(model), ema=0.5, **options)
+    model.load_state_dict(session.average)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.numpy()[:] = 1.0
+    assert ("MPISYNC_READ_ONLY has no effect" in capfd.readouterr().err) == (bool(options) and comm.rank == 0)
+
+
+@pytest.mark.parallel(WORKERS + 1)
 def test_a_gradient_with_nan_is_rejected_and_training_goes_on(comm):
     model = new_model()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
+from mpisync import settings as environment
 from mpisync.aggregation.verdict import Verdict
 from mpisync.session.data import Batches
 from mpisync.session.drawn import Drawn
@@ -19,14 +21,20 @@ from mpisync.session.ends import leave_worker
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.joint import Joint
+from mpisync.session.readonly import FaultNotice
 from mpisync.session.schedule import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
+from mpisync.transport.shared import SharedWorkerLink
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
 
-_REMEDY = "pass own_copy=True to Session to give each worker parameters of its own"
+_REMEDY = (
+    "the root makes the updates, so what a worker writes never becomes part of the model: clamp and the like in "
+    "a hook, optimizer.register_step_post_hook(hook), which the root runs after every update (a change that is to last "
+    "for one computation only may be made with own_copy=True: the next version overwrites it)"
+)
 _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
@@ -59,9 +67,24 @@ class Computing:
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes = WriteWatch(named, _REMEDY) if in_place else None
+        self._notice = self._make_read_only(in_place) if environment.read("MPISYNC_READ_ONLY") else None
         self._drawn = Drawn(self._flat.parameters)
         self.averages: Averages | None = None  # each parameter with its average, at the end
         self._has_average = settings.ema is not None
+
+    def _make_read_only(self, in_place: bool) -> FaultNotice | None:
+        """Have whoever writes to shared parameters stopped at the line, and explain it."""
+        link = self._worker.link
+        if in_place and isinstance(link, SharedWorkerLink):
+            link.protect()
+            return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {_REMEDY}")
+        if self.worker == 0:
+            print(
+                "mpisync: MPISYNC_READ_ONLY has no effect: workers have copies of their own, not shared memory",
+                file=sys.stderr,
+                flush=True,
+            )
+        return None
 
     @property
     def version(self) -> int:
@@ -170,6 +193,8 @@ class Computing:
                     pairs = zip(self._flat.parameters, views.tensors, strict=True)
                     self.averages = [(parameter, view.clone()) for parameter, view in pairs]
         finally:
+            if self._notice is not None:
+                self._notice.undo()
             self._flat.unbind()
             self._threads.restore()
             leave_worker(self._worker, error)

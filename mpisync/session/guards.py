@@ -127,11 +127,11 @@ class WriteWatch:
     """Notices that user code wrote to parameters that all workers of a node share.
 
     It sees in-place operations on the parameter and replaced memory. It cannot see writes through
-    `parameter.data` or `.numpy()`: only a read-only mapping can.
+    `parameter.data` or `.numpy()`: only a read-only mapping can, which MPISYNC_READ_ONLY asks for.
 
     Args:
         named: The shared parameters with their names.
-        remedy: How to get parameters that may be written to, for the message.
+        remedy: What to do instead, for the message.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], remedy: str) -> None:

@@ -60,7 +60,8 @@ class Session:
         weight: "equal", or "samples" to weight each gradient by its samples.
         clip_norm: The largest global norm of the mean gradient.
         ema: Decay of an exponential moving average of the parameters, 0.9999 in the paper.
-        own_copy: Give each worker its own copy of the parameters, which it may then write to.
+        own_copy: Give each worker its own copy of the parameters, which it may then write to; what it
+            writes lasts until the next version. What is to last belongs in an optimizer's step hook.
         record: A file for one JSON line a step; `Replay` reads it.
         on_step: Called at the root with every step's `StepRecord`.
         progress: Whether the root prints a progress line.
