@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 
+from mpisync.session.advice import advice_on
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
@@ -245,6 +246,32 @@ def test_schedulers_that_need_more_than_a_loss_are_refused_by_name():
         check_scheduler(3, optimizer)
     with pytest.raises(ValueError, match="the scheduler, StepLR, is of another optimizer"):
         check_scheduler(lr_scheduler.StepLR(sgd(nn.Linear(2, 2)), 1), optimizer)
+
+
+# --- advice ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "is_advised"),
+    [
+        (torch.optim.AdamW, True),
+        (torch.optim.Adam, True),
+        (torch.optim.Adagrad, True),
+        (lambda parameters: torch.optim.AdamW(parameters, fused=True), False),
+        (torch.optim.SGD, False),  # gains little
+        (torch.optim.RMSprop, False),  # has none
+        (type("AdamW", (torch.optim.AdamW,), {}), False),  # whatever it does
+    ],
+)
+def test_a_fused_update_is_advised_where_torch_has_one_that_gains_much(make, is_advised):
+    large, small = nn.Linear(1000, 1000), nn.Linear(100, 100)
+    optimizer = make(large.parameters())
+    advice = advice_on(optimizer)
+    assert bool(advice) == is_advised
+    assert advice_on(make(small.parameters())) == ""
+    if is_advised:
+        assert f"1.0 million parameters: torch.optim.{type(optimizer).__name__}(..., fused=True)" in advice
+        assert make(large.parameters(), fused=True).param_groups[0]["fused"], "this torch has it"
 
 
 # --- left-over steps -------------------------------------------------------------------------

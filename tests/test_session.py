@@ -856,3 +856,30 @@ def test_alone_a_plateau_scheduler_gets_the_loss():
             F.cross_entropy(model(x), y).backward()
             session.step(1.0)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_slow_update_is_told_how_to_be_fast_once_by_the_root(comm, capfd):
+    model = nn.Linear(1000, 1000)
+    data = [(torch.ones(1, 1000) * number, torch.zeros(1, 1000)) for number in range(4)]
+    for options, said in (({}, 1), ({"fused": True}, 0)):
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        with mpisync.Session(comm, model, optimizer, progress=False) as session:
+            for x, y in session.batches(data, steps=2):
+                loss = F.mse_loss(model(x), y)
+                loss.backward()
+                session.step(loss)
+        text = "mpisync: every step waits for the update of 1.0 million parameters: torch.optim.AdamW(..., fused=True)"
+        assert capfd.readouterr().err.count(text) == (said if session.worker is None else 0)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_second_loop_says_what_to_write_instead(comm):
+    model = new_model()
+    with fails_everywhere(comm, RuntimeError, "once a session: give it the steps of all epochs together"):
+        with mpisync.Session(comm, model, sgd(model), progress=False) as session:
+            for epoch in range(2):
+                for x, y in session.batches(loader(), steps=3 * (epoch + 1)):
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    session.step(loss)

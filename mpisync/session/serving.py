@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.steps import ClosedStep
+from mpisync.session.advice import advice_on
 from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_root
 from mpisync.session.flat import FlatModel
@@ -69,6 +71,8 @@ class Serving:
         self._warned = self._has_served = False
         assert reports is not None  # else Joint has raised the problem
         self._reports = reports
+        if advice := advice_on(optimizer):
+            print(advice, file=sys.stderr, flush=True)
         self._reports.header(str(settings.policy), [peer.host for peer in self._place.meeting.peers[:-1]])
 
     @property

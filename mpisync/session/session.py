@@ -169,7 +169,10 @@ class Session:
             PeerFailed: Another rank failed.
         """
         if self._has_batches:
-            raise RuntimeError("batches can be gone through once a session: make another session")
+            raise RuntimeError(
+                "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
+                "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
+            )
         if steps is not None and steps < 0:
             raise ValueError(f"steps must not be negative, but it is {steps}")
         self._has_batches = True
