@@ -25,6 +25,7 @@ from mpisync.session.refusals import check_model_and_optimizer
 from mpisync.session.reports import Reports
 from mpisync.session.schedule import Schedule, check_scheduler
 from mpisync.session.update import Update
+from mpisync.transport.layout import aligned_bytes
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
@@ -55,6 +56,7 @@ class Alone:
             self._flat.parameters, optimizer, settings.clip_norm, settings.ema, self._averages
         )
         self._schedule = Schedule(settings.scheduler, optimizer)
+        self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, settings.scheduler)
         self._drawn = Drawn(self._flat.parameters)
         self._stopped = False
@@ -68,6 +70,7 @@ class Alone:
         """Yield batches until there were `steps` updates."""
         data = Batches(loader, worker=0, workers=1, seed=self._settings.seed)
         self._reports.begin(steps)
+        self._flat.buffers.pack(self._buffers)
         self._opened_s = self._began_s = time.monotonic()
         try:
             while not self._stopped and (steps is None or self.version < steps):
@@ -93,10 +96,12 @@ class Alone:
             self._trap.undo()
             self._update.apply()
             self._schedule.advance(loss)
+            self._flat.buffers.pack(self._buffers)
             self.version += 1
             self._report(basis, came_s)
             self._trap = forbid_steps(self._optimizer, self._settings.scheduler)
         else:
+            self._flat.buffers.load(self._buffers)  # it leaves no trace
             self._count_rejection()
         for parameter in self._flat.parameters:
             parameter.grad = None

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from mpisync.session.session import Settings
 
 _REMEDY = (
-    "the root makes the updates, so what a worker writes never becomes part of the model: clamp and the like in "
-    "a hook, optimizer.register_step_post_hook(hook), which the root runs after every update (a change that is to last "
-    "for one computation only may be made with own_copy=True: the next version overwrites it)"
+    "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
+    "initialise, before Session; clamp and the like in a hook, optimizer.register_step_post_hook(hook), which the root "
+    "runs after every update (only a change for one computation may be made, with own_copy=True: the next version "
+    "overwrites it)"
 )
 _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
@@ -66,7 +67,7 @@ class Computing:
         self._trap = forbid_steps(optimizer, settings.scheduler)
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
-        self._writes = WriteWatch(named, _REMEDY) if in_place else None
+        self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
         self._notice = self._make_read_only(in_place) if environment.read("MPISYNC_READ_ONLY") else None
         self._drawn = Drawn(self._flat.parameters)
         self.averages: Averages | None = None  # each parameter with its average, at the end
@@ -94,6 +95,7 @@ class Computing:
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Yield batches until training ends; how many steps there are is the root's to know."""
         data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
+        self._writes.check()  # of own copies too: what was written before the first version is lost
         try:
             running = self._pull()
             while running:
@@ -113,7 +115,7 @@ class Computing:
         """Send the gradient, learn its verdict, take the newest parameters."""
         basis = self._drawn.take(samples, is_vain=self._is_late)
         self._groups.check()
-        if self._writes is not None:
+        if self._in_place:
             self._writes.check()
         packed = self._flat.pack_gradients(self._slot)
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)

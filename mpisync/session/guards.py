@@ -152,8 +152,7 @@ class WriteWatch:
             pairs = zip(versions, self._versions, strict=True)
             index = next(index for index, (now, before) in enumerate(pairs) if now != before)
             raise RuntimeError(
-                f"parameter {self._names[index]!r} was written to in place on a worker, but all "
-                f"workers compute with that memory: {self._remedy}"
+                f"parameter {self._names[index]!r} was written to in place on a worker: {self._remedy}"
             )
         # Addresses cost as much as versions do, and what replaces memory (model.to, model.half)
         # replaces all of it: one parameter a time, in turn.

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mpisync
-from mpisync.policies import RecordWriter, RunHeader, StepRecord
+from mpisync.policies import RecordWriter, Replay, RunHeader, StepRecord
 from mpisync.session.progress import Progress
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """What an update depends on, beside the model and the seed."""
+    return {"weight": settings.weight, "clip_norm": settings.clip_norm, "ema": settings.ema}
+
+
+def check_replay(settings: Settings) -> None:
+    """Raise ValueError where a record is to be replayed under other settings than it was made."""
+    header = settings.policy.header if isinstance(settings.policy, Replay) else None
+    if header is None:
+        return
+    recorded = {"seed": header.seed, **header.settings}
+    for name, here in {"seed": settings.seed, **_recorded(settings)}.items():
+        if name in recorded and recorded[name] != here:
+            raise ValueError(
+                f"the record was made with {name}={recorded[name]!r} and this session has {name}={here!r}: a replay "
+                "repeats a run only with the settings that it had"
+            )
 
 
 class Reports:
@@ -44,11 +63,7 @@ class Reports:
                     started_unix_s=time.time(),
                     version=mpisync.__version__,
                     hosts=self._hosts,
-                    settings={
-                        "weight": self._settings.weight,
-                        "clip_norm": self._settings.clip_norm,
-                        "ema": self._settings.ema,
-                    },
+                    settings=_recorded(self._settings),
                 )
             )
 

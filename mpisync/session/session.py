@@ -105,6 +105,8 @@ class Session:
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
     ) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
         if weight not in ("equal", "samples"):
             raise ValueError(f'weight must be "equal" or "samples", not {weight!r}')
         if ema is not None and not 0 < ema < 1:
