@@ -40,6 +40,22 @@ def seconds(text: str) -> float:
     return value
 
 
+def flag(text: str) -> bool:
+    """Parse yes or no."""
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in words:
+        raise ValueError("must be 1 or 0")
+    return words[text.lower()]
+
+
+def columns(text: str) -> int:
+    """Parse the width of a terminal."""
+    value = int(text)
+    if value < 1:
+        raise ValueError("must be greater than 0")
+    return value
+
+
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
@@ -58,6 +74,15 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting(
             "MPISYNC_GRACE_S", seconds, 60.0, "how long the root waits for late workers at the end"
+        ),
+        Setting(
+            "MPISYNC_COLUMNS",
+            columns,
+            None,
+            "the width of the terminal that shows the ranks' stderr; `mpisync run` sets it, since ranks see a pipe",
+        ),
+        Setting(
+            "MPISYNC_READ_ONLY", flag, False, "for debugging: a worker's write to shared parameters ends at its line"
         ),
     )
 }

@@ -10,9 +10,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 
+from mpisync.session.advice import advice_on
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.session.schedule import check_scheduler
 
 
 def sgd(model, **options):
@@ -217,6 +219,59 @@ def test_other_objects_are_refused_by_type():
 def test_names_come_without_what_compile_puts_into_them():
     model = torch.compile(nn.Sequential(nn.Embedding(3, 2, sparse=True)), backend="eager")
     assert "module '0' is" in refused(model)
+
+
+class ByEpoch:
+    """As timm's schedulers are: step() wants to know the epoch."""
+
+    def step(self, epoch, metric=None):
+        raise AssertionError
+
+
+class ByScore(lr_scheduler.ReduceLROnPlateau):
+    """What goes by a metric of one name or another."""
+
+    def step(self, val_loss):
+        super().step(val_loss)
+
+
+def test_schedulers_that_need_more_than_a_loss_are_refused_by_name():
+    optimizer = sgd(nn.Linear(2, 2))
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer)
+    for fine in (None, lr_scheduler.StepLR(optimizer, 1), plateau, ByScore(optimizer)):
+        check_scheduler(fine, optimizer)
+    with pytest.raises(TypeError, match=r"ByEpoch.step needs epoch, .*: step it in on_step="):
+        check_scheduler(ByEpoch(), optimizer)
+    with pytest.raises(TypeError, match="scheduler must have a step.* int has none"):
+        check_scheduler(3, optimizer)
+    with pytest.raises(ValueError, match="the scheduler, StepLR, is of another optimizer"):
+        check_scheduler(lr_scheduler.StepLR(sgd(nn.Linear(2, 2)), 1), optimizer)
+
+
+# --- advice ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "is_advised"),
+    [
+        (torch.optim.AdamW, True),
+        (torch.optim.Adam, True),
+        (torch.optim.Adagrad, True),
+        (lambda parameters: torch.optim.AdamW(parameters, fused=True), False),
+        (torch.optim.SGD, False),  # gains little
+        (torch.optim.RMSprop, False),  # has none
+        (type("AdamW", (torch.optim.AdamW,), {}), False),  # whatever it does
+    ],
+)
+def test_a_fused_update_is_advised_where_torch_has_one_that_gains_much(make, is_advised):
+    large, small = nn.Linear(1000, 1000), nn.Linear(100, 100)
+    optimizer = make(large.parameters())
+    advice = advice_on(optimizer)
+    assert bool(advice) == is_advised
+    assert advice_on(make(small.parameters())) == ""
+    if is_advised:
+        assert f"1.0 million parameters: torch.optim.{type(optimizer).__name__}(..., fused=True)" in advice
+        assert make(large.parameters(), fused=True).param_groups[0]["fused"], "this torch has it"
 
 
 # --- left-over steps -------------------------------------------------------------------------

@@ -1,8 +1,17 @@
 """The progress line, on scripted records: they carry the clock."""
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
+from launch import environment
 
 from mpisync.policies import ArrivalRecord, StepRecord
 from mpisync.session.progress import Progress
@@ -193,3 +202,37 @@ def test_one_worker_alone_has_nobody_to_be_compared_with():
     script = Script(1)
     script.step({0: 0.5})
     assert len(script.lines) == 1
+
+
+SCRIPT = """
+import torch
+from mpi4py import MPI
+import mpisync
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with mpisync.Session(MPI.COMM_WORLD, model, optimizer) as session:
+    for x in session.batches([torch.ones(4, 2)], steps=50):
+        loss = model(x).square().mean()
+        loss.backward()
+        session.step(loss)
+"""
+
+
+def test_under_mpisync_run_on_a_terminal_the_line_is_rewritten_within_its_width(tmp_path):
+    """Ranks see a pipe; the terminal is the launcher's."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    command = [sys.executable, "-m", "mpisync", "run", "-n", "2", "train.py"]
+    env = {**environment(), "TERM": "xterm"}
+    job = subprocess.Popen(command, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL, env=env)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal has gone with its last user
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert job.wait(60) == 0
+    drawn = [line for line in said.decode().replace("\n", "\r").split("\r") if line.startswith("step ")]
+    assert len(drawn) >= 2 and drawn[-1].startswith("step 50/50 | accepted 1/1")
+    assert all(len(line.removesuffix("\x1b[K")) == 49 and line.endswith("\x1b[K") for line in drawn)

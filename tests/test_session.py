@@ -1,66 +1,16 @@
 """The torch face among real processes: what a training script may rely on."""
 
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from training import DATA, WORKERS, check_ended, fails_everywhere, flat, loader, new_model, on_all, sgd, train
 
 import mpisync
-from mpisync.aggregation.steps import ClosedStep
 from mpisync.policies import read_record
-
-WORKERS = 2
-DATA = TensorDataset(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(64) % 3)
-
-
-def new_model(seed=0, norm=False):
-    torch.manual_seed(seed)
-    middle = [nn.BatchNorm1d(8)] if norm else []
-    return nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def sgd(model, **more):
-    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **more})
-
-
-def loader(**more):
-    return DataLoader(DATA, **{"batch_size": 8, "shuffle": True, **more})
-
-
-def train(comm, model, optimizer, steps=12, data=None, body=None, **more):
-    """Run an ordinary loop; the verdicts that this rank got."""
-    verdicts = []
-    with mpisync.Session(comm, model, optimizer, progress=False, **more) as session:
-        for x, y in session.batches(loader() if data is None else data, steps=steps):
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            if body is not None:
-                body(session, x)
-            verdicts.append(session.step(loss))
-    return verdicts, session
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
-
-
-def on_all(comm, value):
-    return comm.allgather(value)
-
-
-@contextmanager
-def fails_everywhere(comm, kind, *words):
-    """Every rank gets an error, and the words are in somebody's."""
-    with pytest.raises((kind, mpisync.PeerFailed)) as caught:
-        yield
-    texts = " ".join(comm.allgather(str(caught.value)))
-    for word in words:
-        assert word in texts
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -82,65 +32,6 @@ def test_full_synchrony_equals_one_process_on_the_union_of_the_batches(comm, mon
         optimizer.step()
     for other in on_all(comm, flat(model)):
         np.testing.assert_allclose(other, flat(alone), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parallel(WORKERS + 1)
-def test_given_the_mean_the_update_is_torchs_own_to_the_bit(comm):
-    model, twin = new_model(), new_model()
-    optimizer, reference = sgd(model, weight_decay=0.01), sgd(twin, weight_decay=0.01)
-
-    def replay(record):
-        for own, p in zip(model.parameters(), twin.parameters(), strict=True):
-            p.grad = None if own.grad is None else own.grad.clone()
-        reference.step()
-        assert np.array_equal(flat(model), flat(twin))
-
-    train(comm, model, optimizer, on_step=replay)
-
-
-def plain_sgd(model):
-    """Two groups and a scheduler, and nothing that keeps the fold and the update from being one pass."""
-    groups = [{"params": model[:1].parameters()}, {"params": model[1:].parameters(), "lr": 0.05}]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda version: 1 / (1 + version))
-
-
-@pytest.mark.parallel(WORKERS + 1)
-@pytest.mark.parametrize("transport", ["shared", "messages"])
-def test_plain_sgd_folds_and_updates_in_one_pass_with_torchs_own_bits(comm, monkeypatch, transport):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
-    descents, original = [], ClosedStep.descend
-    monkeypatch.setattr(ClosedStep, "descend", lambda *a: descents.append(original(*a)) or descents[-1])
-    ended = []
-    for hooked in (False, True):  # a hook might want to see the gradients: then torch's own step it is
-        model = new_model()
-        optimizer, scheduler = plain_sgd(model)
-        if hooked:
-            optimizer.register_step_pre_hook(lambda *_: None)
-        train(comm, model, optimizer, scheduler=scheduler, policy=mpisync.BackupWorkers(0))
-        ended.append(flat(model))
-    assert np.array_equal(*ended), "with WORKERS == 2 the order of arrival changes no bit"
-    assert not np.array_equal(ended[0], flat(new_model()))
-    assert descents == ([True] * 12 if comm.rank == WORKERS else [])
-
-
-@pytest.mark.parallel(WORKERS + 1)
-def test_a_sum_that_overflows_never_touches_the_parameters(comm):
-    model, records = new_model(), []
-    optimizer, _ = plain_sgd(model)
-
-    def inflate(session, x):
-        if session.version == 2:
-            model[0].weight.grad[0, 0] = 1.5e308  # finite: the sum is not
-
-    def look(record):
-        records.append((record.updated, flat(model)))
-
-    train(comm, model, optimizer, body=inflate, on_step=look, steps=5, policy=mpisync.BackupWorkers(0))
-    if comm.rank == WORKERS:
-        assert [updated for updated, _ in records] == [True, True, False, True, True]
-        assert np.array_equal(records[1][1], records[2][1]) and not np.array_equal(records[2][1], records[3][1])
-    assert np.isfinite(flat(model)).all()
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -201,71 +92,10 @@ def test_a_left_over_zero_grad_is_harmless(comm):
 
 
 @pytest.mark.parallel(WORKERS + 1)
-def test_writing_to_shared_parameters_is_seen_and_named(comm):
-    model = new_model()
-
-    def write(session, x):
-        with torch.no_grad():
-            model[0].weight.add_(1.0)
-
-    with fails_everywhere(comm, RuntimeError, "0.weight", "own_copy=True"):
-        train(comm, model, sgd(model), body=write)
-    model = new_model()
-    train(comm, model, sgd(model), body=write, own_copy=True)
-
-
-@pytest.mark.parallel(WORKERS + 1)
-def test_a_gradient_with_nan_is_rejected_and_training_goes_on(comm):
-    model = new_model()
-
-    def poison(session, x):
-        if session.worker == 0 and session.version == 2:
-            poison.times += 1
-            if poison.times == 1:
-                model[0].weight.grad[0, 0] = float("nan")
-
-    poison.times = 0
-    verdicts, session = train(comm, model, sgd(model), body=poison, policy=mpisync.BackupWorkers(0), steps=6)
-    rejected = [v for v in sum(on_all(comm, verdicts), []) if "NaN" in v.reason]
-    assert len(rejected) == 1 and not rejected[0].accepted and rejected[0].step == 2
-    assert np.isfinite(flat(model)).all() and session.version == 6
-
-
-@pytest.mark.parallel(WORKERS + 1)
-def test_batchnorm_statistics_are_the_mean_of_the_accepted_and_late_steps_leave_no_trace(comm):
-    model = new_model(norm=True)
-    seen = []
-
-    def look(session, x):
-        seen.append((session.version, model[1].running_mean.clone().numpy()))
-
-    verdicts, _ = train(comm, model, sgd(model), body=look, policy=mpisync.BackupWorkers(1), steps=15)
-    means = on_all(comm, model[1].running_mean.numpy())
-    assert all(np.array_equal(means[0], other) for other in means)
-    assert on_all(comm, int(model[1].num_batches_tracked)) == [15] * (WORKERS + 1)
-
-
-@pytest.mark.parallel(WORKERS + 1)
-def test_clipping_average_scheduler_and_samples(comm):
-    model = new_model()
-    optimizer = sgd(model, momentum=0.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
-    norms, rates = [], []
-
-    def look(record):
-        norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
-        rates.append(optimizer.param_groups[0]["lr"])
-
-    _, session = train(
-        comm, model, optimizer, steps=6, scheduler=scheduler, clip_norm=0.01, ema=0.5, weight="samples", on_step=look,
-        policy=mpisync.BackupWorkers(0),
-    )  # fmt: skip
-    if session.worker is None:
-        assert max(norms) <= 0.01 + 1e-9
-        assert rates == [0.1, 0.05, 0.05, 0.025, 0.025, 0.0125]
-    averages = on_all(comm, {name: v.numpy() for name, v in session.average.items()})
-    assert all(np.array_equal(averages[0][n], other[n]) for other in averages for n in other)
-    assert not np.array_equal(averages[0]["0.weight"], model[0].weight.detach().numpy())
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_after_the_with_a_session_still_answers_and_holds_nothing_open(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+    check_ended(comm, WORKERS)
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -286,20 +116,24 @@ def test_stop_ends_everywhere_and_break_means_that_this_worker_leaves(comm):
 
 
 @pytest.mark.parallel(WORKERS + 1)
-def test_evaluation_and_snapshot_are_private_copies_on_one_worker(comm):
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_a_root_that_is_kept_out_of_the_loop_is_an_error_everywhere(comm, monkeypatch, transport):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     model = new_model()
-    found = []
+    with fails_everywhere(comm, RuntimeError, "the root must go through session.batches too"):
+        with mpisync.Session(comm, model, sgd(model), progress=False) as session:
+            if session.worker is not None:
+                for x, y in session.batches(loader(), steps=3):
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    session.step(loss)
 
-    def look(session, x):
-        twin = session.evaluate(lambda m: m, every=4)
-        if twin is not None:
-            found.append(session.version)
-            with torch.no_grad():
-                twin[0].weight.zero_()
 
-    train(comm, model, sgd(model), body=look, policy=mpisync.BackupWorkers(0), steps=13)
-    assert on_all(comm, found) == [[4, 8, 12], [], []]
-    assert model[0].weight.abs().sum() > 0
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_loop_of_no_steps_is_a_loop(comm):
+    model = new_model()
+    verdicts, session = train(comm, model, sgd(model), steps=0)
+    assert verdicts == [] and session.version == 0
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -353,22 +187,48 @@ def test_workers_that_draw_the_same_batches_are_warned_about(comm):
 @pytest.mark.parallel(WORKERS + 1)
 def test_samples_are_accounted_for(comm, tmp_path):
     path = comm.bcast(str(tmp_path / "record.jsonl"))
-    model = new_model()
-    verdicts, session = train(comm, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=20, record=path)
+    model, roles = new_model(), []
+    verdicts, session = train(
+        comm, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=20, record=path, roles=roles
+    )
     handed = sum(on_all(comm, 8 * len(verdicts)))
     if session.worker is None:
         _, steps = read_record(path)
         used = sum(step.samples_used for step in steps)
-        accounts = session._role._root.members
+        accounts = roles[0]._root.members
         assert used == sum(m.account.used for m in accounts) == 20 * 8
         assert handed == sum(m.account.handed for m in accounts)
         assert all(m.account.in_flight == 0 for m in accounts)
 
 
-def test_alone_the_same_script_trains_with_a_notice(capfd):
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_second_loop_says_what_to_write_instead(comm):
+    model = new_model()
+    with fails_everywhere(comm, RuntimeError, "once a session: give it the steps of all epochs together"):
+        with mpisync.Session(comm, model, sgd(model), progress=False) as session:
+            for epoch in range(2):
+                for x, y in session.batches(loader(), steps=3 * (epoch + 1)):
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    session.step(loss)
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_a_replay_under_other_settings_than_the_records_is_refused_by_name(comm, tmp_path):
+    path = comm.bcast(str(tmp_path / "record.jsonl"))
+    kept = {"seed": 3, "weight": "samples", "clip_norm": 0.5, "ema": 0.9}
+    model = new_model()
+    train(comm, model, sgd(model), steps=3, record=path, **kept)
+    for name, other in (("seed", 7), ("weight", "equal"), ("clip_norm", None), ("ema", 0.5)):
+        with pytest.raises(ValueError, match=f"the record was made with {name}={kept[name]!r} and this session has"):
+            train(comm, model, sgd(model), policy=mpisync.Replay(path), **{**kept, name: other})
+    train(comm, model, sgd(model), policy=mpisync.Replay(path), **kept)
+
+
+def test_what_is_no_communicator_is_refused():
     from mpi4py import MPI
 
     model = new_model()
-    verdicts, session = train(MPI.COMM_SELF, model, sgd(model), policy=mpisync.BackupWorkers(1), steps=7)
-    assert session.version == 7 and all(v.accepted for v in verdicts)
-    assert "policy backup:1 is ignored" in capfd.readouterr().err
+    for nothing in (None, MPI.COMM_NULL):
+        with pytest.raises(TypeError, match="comm must be an intracommunicator such as MPI.COMM_WORLD"):
+            mpisync.Session(nothing, model, sgd(model))

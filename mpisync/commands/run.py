@@ -108,6 +108,8 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
             settings.read(name, environ=environ)  # refuses nonsense here, once, not on every rank
     if environ.get("MPISYNC_POLICY"):
         parse_policy(environ["MPISYNC_POLICY"])
+    if sys.stderr.isatty():
+        environ["MPISYNC_COLUMNS"] = str(os.get_terminal_size(sys.stderr.fileno()).columns or 80)
     for name in settings.unknown(environ):
         print(
             f"mpisync run: {name} is set, and mpisync has no such setting; it has "

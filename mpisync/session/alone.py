@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import math
+import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from mpisync.aggregation.root import _REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
+from mpisync.policies import ArrivalRecord, BackupWorkers, StepRecord
 from mpisync.session.data import Batches
+from mpisync.session.drawn import Basis, Drawn
+from mpisync.session.ended import Averages
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.session.reports import Reports
+from mpisync.session.schedule import Schedule, check_scheduler
 from mpisync.session.update import Update
+from mpisync.transport.layout import aligned_bytes
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
 
 
 class Alone:
-    """Trains in this process."""
+    """Trains in this process, which is worker 0 and makes the updates too."""
 
     worker = 0
     workers = 1
+    makes_updates = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
         check_model_and_optimizer(model, optimizer)
+        check_scheduler(settings.scheduler, optimizer)
+        self._reports = Reports(settings)
         print(
             f"mpisync: one process trains alone, so the policy {settings.policy} is ignored; start "
             "it with `mpisync run -n 5 ...` or mpirun for workers and a root",
@@ -40,51 +53,106 @@ class Alone:
         self._flat = FlatModel(model)
         self._averages = [p.detach().clone() for p in self._flat.parameters]
         self._update = Update(
-            self._flat.parameters,
-            optimizer,
-            settings.scheduler,
-            settings.clip_norm,
-            settings.ema,
-            self._averages,
+            self._flat.parameters, optimizer, settings.clip_norm, settings.ema, self._averages
         )
+        self._schedule = Schedule(settings.scheduler, optimizer)
+        self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, settings.scheduler)
-        self._has_batch = self._stopped = False
+        self._drawn = Drawn(self._flat.parameters)
+        self._stopped = False
+        self._opened_s = self._began_s = time.monotonic()  # of the step, and of the computation
+        self._arrivals: list[ArrivalRecord] = []  # of the open step
+        self._sequence = self._rejected = self._rejected_in_a_row = 0
+        # what it does, whatever the policy: every step is the gradient of the only worker
+        self._reports.header(str(BackupWorkers(0)), [socket.gethostname()])
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Yield batches until there were `steps` updates."""
         data = Batches(loader, worker=0, workers=1, seed=self._settings.seed)
+        self._reports.begin(steps)
+        self._flat.buffers.pack(self._buffers)
+        self._opened_s = self._began_s = time.monotonic()
         try:
             while not self._stopped and (steps is None or self.version < steps):
                 batch, _ = next(data)
-                self._has_batch = True
+                self._drawn.add(data)
                 yield batch
-                if self._has_batch:
-                    raise RuntimeError(
-                        "the loop went on to the next batch without session.step(loss): call it "
-                        "once for every batch"
-                    )
+                self._drawn.goes_on()
+            self._drawn.drop()
         finally:
             data.close()
 
     def step(self, loss: float, samples: int | None) -> Verdict:
         """Update from the gradient, unless it has NaN or Inf."""
-        if not self._has_batch:
-            raise RuntimeError(
-                "session.step must follow a batch of session.batches, once for each"
-            )
-        self._has_batch = False
+        basis = self._drawn.take(samples)
+        came_s = time.monotonic()
         gradients = [p.grad for p in self._flat.parameters if p.grad is not None]
         step = self.version
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        reason = "" if finite else "the gradient has NaN or Inf"
+        self._enter(basis, loss, came_s, reason)
         if finite:
+            self._rejected_in_a_row = 0
             self._trap.undo()
             self._update.apply()
-            self._trap = forbid_steps(self._optimizer, self._settings.scheduler)
+            self._schedule.advance(loss)
+            self._flat.buffers.pack(self._buffers)
             self.version += 1
+            self._report(basis, came_s)
+            self._trap = forbid_steps(self._optimizer, self._settings.scheduler)
+        else:
+            self._flat.buffers.load(self._buffers)  # it leaves no trace
+            self._count_rejection()
         for parameter in self._flat.parameters:
             parameter.grad = None
-        reason = "" if finite else "the gradient has NaN or Inf"
+        self._began_s = time.monotonic()
         return Verdict(step, finite, 0, self.version, reason, 0.0)
+
+    def _enter(self, basis: Basis, loss: float, came_s: float, reason: str) -> None:
+        """Enter the verdict on a gradient."""
+        self._arrivals.append(
+            ArrivalRecord(
+                worker=0,
+                sequence=self._sequence,
+                version=self.version,
+                verdict="rejected" if reason else "accepted",
+                offset_s=came_s - self._opened_s,
+                reason=reason or None,
+                compute_s=came_s - self._began_s - basis.data_s,
+                data_s=basis.data_s,
+                samples=basis.samples,
+                loss=None if math.isnan(loss) else loss,
+            )
+        )
+        self._sequence += 1
+
+    def _report(self, basis: Basis, came_s: float) -> None:
+        """Report the step that was closed by the newest gradient, and open the next."""
+        now_s = time.monotonic()
+        record = StepRecord(
+            step=self.version - 1,
+            opened_s=self._opened_s,
+            closed_s=came_s,
+            published_s=now_s,
+            target=1,
+            alive=1,
+            accepted=[(0, self._sequence - 1, self.version - 1)],
+            arrivals=self._arrivals,
+            samples_used=basis.samples,
+            update_s=now_s - came_s,
+            counts={"accepted": self.version, "late": 0, "rejected": self._rejected},
+        )
+        self._opened_s, self._arrivals = now_s, []
+        self._reports.step(record)
+
+    def _count_rejection(self) -> None:
+        self._rejected += 1
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= _REJECTIONS_PER_WORKER:
+            raise RuntimeError(
+                f"the last {self._rejected_in_a_row} gradients all had NaN or Inf: training has diverged at version "
+                f"{self.version}; lower the learning rate or clip the gradient"
+            )
 
     def stale(self) -> bool:
         """Nobody makes newer parameters."""
@@ -100,12 +168,14 @@ class Alone:
             for own, value in zip(twin.parameters, self._averages, strict=True):
                 own.data.copy_(value)
 
-    def average(self) -> dict[str, Tensor] | None:
-        """The average of the parameters, by name."""
+    @property
+    def averages(self) -> Averages | None:
+        """Each parameter with its average."""
         if self._settings.ema is None:
             return None
-        return dict(zip(self._flat.names, self._averages, strict=True))
+        return list(zip(self._flat.parameters, self._averages, strict=True))
 
     def leave(self, error: BaseException | None) -> None:
         """Give the optimizer its step back."""
         self._trap.undo()
+        self._reports.close()

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from mpisync import settings as environment
 from mpisync.aggregation.verdict import Verdict
 from mpisync.session.data import Batches
+from mpisync.session.drawn import Drawn
+from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.joint import Joint
+from mpisync.session.readonly import FaultNotice
+from mpisync.session.schedule import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
+from mpisync.transport.shared import SharedWorkerLink
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
 
-_REMEDY = "pass own_copy=True to Session to give each worker parameters of its own"
+_REMEDY = (
+    "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
+    "initialise, before Session; clamp and the like in a hook, optimizer.register_step_post_hook(hook), which the root "
+    "runs after every update (only a change for one computation may be made, with own_copy=True: the next version "
+    "overwrites it)"
+)
 _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
 class Computing:
     """Draws batches, sends gradients and takes parameters."""
+
+    makes_updates = False
 
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
@@ -49,14 +63,29 @@ class Computing:
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
         self._flat.bind(self._joint.parameters(self._memory))
+        self._schedule = Schedule(settings.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, settings.scheduler)
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
-        self._writes = WriteWatch(named, _REMEDY) if in_place else None
-        self._data: Batches | None = None
-        self._has_batch = False
-        self._average: dict[str, Tensor] | None = None
+        self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
+        self._notice = self._make_read_only(in_place) if environment.read("MPISYNC_READ_ONLY") else None
+        self._drawn = Drawn(self._flat.parameters)
+        self.averages: Averages | None = None  # each parameter with its average, at the end
         self._has_average = settings.ema is not None
+
+    def _make_read_only(self, in_place: bool) -> FaultNotice | None:
+        """Have whoever writes to shared parameters stopped at the line, and explain it."""
+        link = self._worker.link
+        if in_place and isinstance(link, SharedWorkerLink):
+            link.protect()
+            return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {_REMEDY}")
+        if self.worker == 0:
+            print(
+                "mpisync: MPISYNC_READ_ONLY has no effect: workers have copies of their own, not shared memory",
+                file=sys.stderr,
+                flush=True,
+            )
+        return None
 
     @property
     def version(self) -> int:
@@ -65,48 +94,38 @@ class Computing:
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Yield batches until training ends; how many steps there are is the root's to know."""
-        self._data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
+        data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
+        self._writes.check()  # of own copies too: what was written before the first version is lost
         try:
             running = self._pull()
             while running:
-                batch, _ = next(self._data)
-                self._worker.handed = self._data.samples
-                self._has_batch = True
+                batch, _ = next(data)
+                self._worker.handed += data.batch_samples
+                self._drawn.add(data)
                 yield batch
-                if self._has_batch:
-                    raise RuntimeError(
-                        "the loop went on to the next batch without session.step(loss): call it "
-                        "once for every batch"
-                    )
                 running = self._worker.ended is None
-                if running and self._worker.is_stale():
+                # a gradient is of one version: only the end comes between its batches
+                if running and (self._has_ended() if self._drawn.goes_on() else self._worker.is_stale()):
                     running = self._pull()
+            self._drawn.drop()
         finally:
-            self._data.close()
+            data.close()
 
     def step(self, loss: float, samples: int | None) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
-        if self._data is None or not self._has_batch:
-            raise RuntimeError(
-                "session.step must follow a batch of session.batches, once for each"
-            )
-        self._has_batch = False
+        basis = self._drawn.take(samples, is_vain=self._is_late)
         self._groups.check()
-        if self._writes is not None:
+        if self._in_place:
             self._writes.check()
         packed = self._flat.pack_gradients(self._slot)
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)
         self._flat.buffers.pack(self._buffers)
-        counted = self._data.batch_samples if samples is None else samples
-        if counted < 1:
-            raise ValueError(f"a gradient must be the mean of at least 1 sample, not {counted}")
-        self._worker.handed += counted - self._data.batch_samples
-        self._data.samples += counted - self._data.batch_samples
+        self._worker.handed += basis.samples - basis.drawn
         verdict = self._worker.push(
             peak=packed.peak,
-            samples=counted,
+            samples=basis.samples,
             loss=loss,
-            data_s=self._data.data_s,
+            data_s=basis.data_s,
             fingerprint=self._fingerprint(),
         )
         self._pull()
@@ -129,7 +148,21 @@ class Computing:
             # a late step leaves no trace: these are the published ones, whatever ours have become
             self._flat.buffers.load(self._published_buffers)
             if not running or self._reads or not self._worker.link.is_behind(self._worker.version):
+                self._follow()
                 return running
+
+    def _follow(self) -> None:
+        """Let the scheduler here show what the root's does."""
+        if self._schedule.lags(self.version):
+            self._groups.check()
+            self._schedule.follow(self.version)
+            self._groups.reset()
+
+    def _is_late(self) -> bool:
+        return self._place.policy.staleness == 0 and self._worker.is_stale()
+
+    def _has_ended(self) -> bool:
+        return self._worker.link.end() is not None
 
     def stale(self) -> bool:
         """Whether the step that this worker computes for has closed."""
@@ -146,10 +179,6 @@ class Computing:
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._place.published.extras(memory)))
 
-    def average(self) -> dict[str, Tensor] | None:
-        """The average of the parameters, by name, once the session has ended."""
-        return self._average
-
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
@@ -159,13 +188,15 @@ class Computing:
                 if self._reads:
                     self._worker.read(self._memory)
                 self._flat.buffers.load(self._published_buffers)
+                if self._schedule.lags(self.version):
+                    self._schedule.follow(self.version)
                 if self._has_average:
                     views = self._joint.averages(self._worker.link.parameters)
-                    self._average = {
-                        name: view.clone()
-                        for name, view in zip(self._flat.names, views.tensors, strict=True)
-                    }
+                    pairs = zip(self._flat.parameters, views.tensors, strict=True)
+                    self.averages = [(parameter, view.clone()) for parameter, view in pairs]
         finally:
+            if self._notice is not None:
+                self._notice.undo()
             self._flat.unbind()
             self._threads.restore()
             leave_worker(self._worker, error)

@@ -127,11 +127,11 @@ class WriteWatch:
     """Notices that user code wrote to parameters that all workers of a node share.
 
     It sees in-place operations on the parameter and replaced memory. It cannot see writes through
-    `parameter.data` or `.numpy()`: only a read-only mapping can.
+    `parameter.data` or `.numpy()`: only a read-only mapping can, which MPISYNC_READ_ONLY asks for.
 
     Args:
         named: The shared parameters with their names.
-        remedy: How to get parameters that may be written to, for the message.
+        remedy: What to do instead, for the message.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], remedy: str) -> None:
@@ -152,8 +152,7 @@ class WriteWatch:
             pairs = zip(versions, self._versions, strict=True)
             index = next(index for index, (now, before) in enumerate(pairs) if now != before)
             raise RuntimeError(
-                f"parameter {self._names[index]!r} was written to in place on a worker, but all "
-                f"workers compute with that memory: {self._remedy}"
+                f"parameter {self._names[index]!r} was written to in place on a worker: {self._remedy}"
             )
         # Addresses cost as much as versions do, and what replaces memory (model.to, model.half)
         # replaces all of it: one parameter a time, in turn.

@@ -15,6 +15,8 @@ from mpisync.session.ends import problem_of
 from mpisync.session.flat import FlatModel
 from mpisync.session.places import Views
 from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.session.reports import check_replay
+from mpisync.session.schedule import check_scheduler
 from mpisync.session.signature import difference
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
 from mpisync.transport.rendezvous import Claim, poll
@@ -37,7 +39,9 @@ class Joint:
         problem = (
             problem
             or problem_of(lambda: settings.policy.check(comm.size - 1))
+            or problem_of(lambda: check_replay(settings))
             or problem_of(lambda: check_model_and_optimizer(model, optimizer))
+            or problem_of(lambda: check_scheduler(settings.scheduler, optimizer))
             or problem_of(lambda: FlatModel(model))
         )
         if problem:  # meet() raises it on every rank

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TextIO
 
+from mpisync import settings
 from mpisync.policies.records import ArrivalRecord, StepRecord
 
 _RECENT_STEPS = 100  # what "lately" means
@@ -66,7 +67,11 @@ class Progress:
     ) -> None:
         self._total, self._hosts = total_steps, list(hosts)
         self._stream = sys.stderr if stream is None else stream
-        self._rewrites = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        # launchers read the ranks' output through pipes, behind which there may be a terminal
+        columns = settings.read("MPISYNC_COLUMNS") if stream is None else None
+        is_terminal = self._stream.isatty() or columns is not None
+        self._rewrites = is_terminal and os.environ.get("TERM") != "dumb"
+        self._columns = columns if isinstance(columns, int) else None
         self._pause_s = _REDRAW_S if self._rewrites else _FIRST_PAUSE_S
         self._next_s: float | None = None
         self._look_s = 0.0
@@ -112,7 +117,7 @@ class Progress:
     def _print(self, record: StepRecord) -> None:
         line = self._line(record)
         if self._rewrites:
-            columns = shutil.get_terminal_size().columns
+            columns = self._columns or shutil.get_terminal_size().columns
             self._write(f"\r{line[: columns - 1]}\x1b[K")
             self._is_drawn = True
         else:

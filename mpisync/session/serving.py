@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,13 +12,14 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import mpisync
 from mpisync.aggregation.steps import ClosedStep
-from mpisync.policies import RecordWriter, RunHeader
-from mpisync.session.ends import leave_root, problem_of
+from mpisync.session.advice import advice_on
+from mpisync.session.ended import Averages
+from mpisync.session.ends import leave_root
 from mpisync.session.flat import FlatModel
 from mpisync.session.joint import Joint
-from mpisync.session.progress import Progress
+from mpisync.session.reports import Reports
+from mpisync.session.schedule import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.session.update import Update
 
@@ -30,13 +31,16 @@ class Serving:
     """Turns closed steps into updates."""
 
     worker = None
+    makes_updates = True
 
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
     ) -> None:
-        self._settings = settings
-        self._writer: RecordWriter | None = None
-        problem = problem_of(self._open_record)
+        reports, problem = None, ""
+        try:
+            reports = Reports(settings)
+        except ValueError as error:
+            problem = str(error)  # for every rank
         self._joint = Joint(comm, model, optimizer, settings, problem)
         self._place, self._flat = self._joint.place, self._joint.flat
         self.workers = comm.size - 1
@@ -49,6 +53,7 @@ class Serving:
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
         self._averages: tuple[Tensor, ...] = ()
+        self.averages: Averages | None = None  # each parameter with its average, at the end
         if settings.ema is not None:
             averages = self._joint.averages(memory)
             self._flat.store(averages)
@@ -56,43 +61,19 @@ class Serving:
         self._update = Update(
             self._flat.parameters,
             optimizer,
-            settings.scheduler,
             settings.clip_norm,
             settings.ema,
             self._averages,
         )
+        self._schedule = Schedule(settings.scheduler, optimizer)
         self._root = self._place.root(weighted=settings.weight == "samples")
         self._mean = self._flat.views(self._root.mean)
-        self._average: dict[str, Tensor] | None = None
-        self._warned = False
-        self._progress: Progress | None = None
-        self._write_header()
-
-    def _open_record(self) -> None:
-        if self._settings.record is not None:
-            try:
-                self._writer = RecordWriter(self._settings.record)
-            except OSError as error:
-                raise ValueError(str(error)) from error
-
-    def _write_header(self) -> None:
-        if self._writer is not None:
-            peers = self._place.meeting.peers
-            self._writer.header(
-                RunHeader(
-                    policy=str(self._settings.policy),
-                    workers=self.workers,
-                    seed=self._settings.seed,
-                    started_unix_s=time.time(),
-                    version=mpisync.__version__,
-                    hosts=[peer.host for peer in peers[:-1]],
-                    settings={
-                        "weight": self._settings.weight,
-                        "clip_norm": self._settings.clip_norm,
-                        "ema": self._settings.ema,
-                    },
-                )
-            )
+        self._warned = self._has_served = False
+        assert reports is not None  # else Joint has raised the problem
+        self._reports = reports
+        if advice := advice_on(optimizer):
+            print(advice, file=sys.stderr, flush=True)
+        self._reports.header(str(settings.policy), [peer.host for peer in self._place.meeting.peers[:-1]])
 
     @property
     def version(self) -> int:
@@ -101,18 +82,12 @@ class Serving:
 
     def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
-        if self._settings.progress:
-            hosts = [peer.host for peer in self._place.meeting.peers[:-1]]
-            self._progress = Progress(steps, hosts)
+        self._has_served = True
+        self._reports.begin(steps)
         for closed in self._root.serve(steps):
             self._take(closed)
-            record = closed.publish()
-            if self._writer is not None:
-                self._writer.step(record)
-            if self._progress is not None:
-                self._progress.step(record)
-            if self._settings.on_step is not None:
-                self._settings.on_step(record)
+            self._schedule.advance(closed.loss)
+            self._reports.step(closed.publish())
         yield from ()
 
     def _take(self, closed: ClosedStep) -> None:
@@ -120,7 +95,7 @@ class Serving:
         self._warn_of_equals(closed)
         split = self._joint.presence_bytes
         if (spans := self._update.spans(self._flat.places)) and closed.descend(spans):
-            self._update.descended()
+            self._update.move_average()
         elif not closed.finite:
             return
         else:
@@ -161,24 +136,25 @@ class Serving:
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._extras))
 
-    def average(self) -> dict[str, Tensor] | None:
-        """The average of the parameters, by name, once the session has ended."""
-        return self._average
-
     def leave(self, error: BaseException | None) -> None:
         """End the training everywhere."""
-        if self._progress is not None:
-            self._progress.close()
+        self._reports.close()
+        absence = None
+        if error is None and not self._has_served:
+            error = absence = RuntimeError(
+                "the root must go through session.batches too, where it makes the updates (it is given no batch): "
+                "do not guard the loop by session.worker or comm.rank"
+            )
         try:
             self._flat.buffers.load(self._buffers)
             if self._averages:
-                pairs = zip(self._flat.names, self._averages, strict=True)
-                self._average = {name: view.clone() for name, view in pairs}
+                pairs = zip(self._flat.parameters, self._averages, strict=True)
+                self.averages = [(parameter, view.clone()) for parameter, view in pairs]
             # MPI still sends from this memory until everyone has said goodbye
             leave_root(self._root, error)
         finally:
             self._flat.unbind()
             self._threads.restore()
-            if self._writer is not None:
-                self._writer.close()
+        if absence is not None:
+            raise absence
 

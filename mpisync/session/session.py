@@ -17,6 +17,7 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import Policy, StepRecord
 from mpisync.session.alone import Alone
 from mpisync.session.computing import Computing
+from mpisync.session.ended import Ended, averaged_state
 from mpisync.session.ends import chosen_policy
 from mpisync.session.flat import FlatModel
 from mpisync.session.serving import Serving
@@ -53,15 +54,21 @@ class Session:
         optimizer: Any torch optimizer without a closure; only the root's is stepped.
         policy: When a step closes and which gradients count: `BackupWorkers(b)`, `Deadline`,
             `Async`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
-        scheduler: A learning-rate scheduler of `optimizer`, stepped by the root once a version.
+        scheduler: A learning-rate scheduler of `optimizer`, stepped once a version; one that goes by the
+            loss (ReduceLROnPlateau) gets the mean loss of the accepted gradients.
         seed: What batches and random numbers follow from, with worker and sequence.
         weight: "equal", or "samples" to weight each gradient by its samples.
         clip_norm: The largest global norm of the mean gradient.
         ema: Decay of an exponential moving average of the parameters, 0.9999 in the paper.
-        own_copy: Give each worker its own copy of the parameters, which it may then write to.
+        own_copy: Give each worker its own copy of the parameters, which it may then write to; what it
+            writes lasts until the next version. What is to last belongs in an optimizer's step hook.
         record: A file for one JSON line a step; `Replay` reads it.
         on_step: Called at the root with every step's `StepRecord`.
         progress: Whether the root prints a progress line.
+
+    Attributes:
+        average: After the `with`, the moving average for ``model.load_state_dict``: the model's
+            state_dict with the averages in place of its parameters; None without `ema`.
 
     Raises:
         ValueError: Ranks disagree, or the model, optimizer or policy cannot be used; on every rank.
@@ -98,6 +105,8 @@ class Session:
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
     ) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
         if weight not in ("equal", "samples"):
             raise ValueError(f'weight must be "equal" or "samples", not {weight!r}')
         if ema is not None and not 0 < ema < 1:
@@ -109,10 +118,10 @@ class Session:
             chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
             on_step, progress,
         )  # fmt: skip
-        self._role: Alone | Computing | Serving | None = None
+        self._role: Alone | Computing | Serving | Ended | None = None
         self._has_batches = False
         self._evaluated = 0
-        self.average: dict[str, Tensor] | None = None
+        self.average: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
         if self._comm.size == 1:
@@ -129,11 +138,16 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._active.leave(error)
-        self.average = self._active.average()
+        role = self._active
+        try:
+            role.leave(error)
+            if role.averages is not None:
+                self.average = averaged_state(self._model, role.averages)
+        finally:
+            self._role = Ended(role.worker, role.workers, role.version, role.makes_updates, role.averages)
 
     @property
-    def _active(self) -> Alone | Computing | Serving:
+    def _active(self) -> Alone | Computing | Serving | Ended:
         if self._role is None:
             raise RuntimeError("the session has not begun: write `with Session(...) as session:`")
         return self._role
@@ -144,8 +158,8 @@ class Session:
         """Yield this worker's batches until the parameters have had `steps` updates.
 
         The loader is shared out among the workers and gone through again and again; on the root
-        nothing is yielded. Each batch is to be followed by one `step`. Leaving the loop early means
-        that this worker leaves.
+        nothing is yielded. `step` follows each batch, or each few: gradients accumulate in between,
+        as everywhere in torch. Leaving the loop early means that this worker leaves.
 
         Args:
             loader: A DataLoader, a list of batches, or any iterable of batches. A sampler of your
@@ -153,11 +167,14 @@ class Session:
             steps: How many versions to make; without it, until `stop`.
 
         Raises:
-            RuntimeError: A batch was not followed by `step`, or this is a second loop.
+            RuntimeError: This is a second loop; at the end of the `with`: the root had none.
             PeerFailed: Another rank failed.
         """
         if self._has_batches:
-            raise RuntimeError("batches can be gone through once a session: make another session")
+            raise RuntimeError(
+                "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
+                "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
+            )
         if steps is not None and steps < 0:
             raise ValueError(f"steps must not be negative, but it is {steps}")
         self._has_batches = True
@@ -166,9 +183,12 @@ class Session:
     def step(self, loss: Tensor | float | None = None, *, samples: int | None = None) -> Verdict:
         """Send the gradient that `backward` left, wait for its verdict, and take the newest parameters.
 
+        Several batches make one gradient where `step` comes after the last of them only: as it has
+        accumulated, all computed on the same parameters. Scale each loss as you would elsewhere.
+
         Args:
             loss: The batch's loss, for records and reports.
-            samples: How many samples it is the mean of; counted from the batch otherwise.
+            samples: How many samples it is the mean of; counted from the batches otherwise.
 
         Returns:
             Whether the gradient was accepted, and if not, why.
@@ -234,7 +254,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Return the version and the model's state; on the root the optimizer's and scheduler's too."""
         state = {"version": self.version, "model": self.snapshot().state_dict()}
-        if self.worker is None or self.workers == 1 and isinstance(self._role, Alone):
+        if self._active.makes_updates:
             state["optimizer"] = self._optimizer.state_dict()
             if self._settings.scheduler is not None:
                 state["scheduler"] = self._settings.scheduler.state_dict()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,11 @@ _FRILLS = ("momentum", "weight_decay", "nesterov", "maximize", "differentiable",
 
 
 class Update:
-    """Clips, steps the optimizer and the scheduler, and keeps the average of the parameters.
+    """Clips, steps the optimizer, and keeps the average of the parameters.
 
     Args:
         parameters: What is trained.
         optimizer: Any torch optimizer that needs no closure.
-        scheduler: Stepped once a version.
         clip_norm: The largest global norm of the mean gradient; None for no clipping.
         decay: Of the exponential moving average; None for none.
         average: Where the average lies, one tensor a parameter.
@@ -35,12 +33,11 @@ class Update:
         self,
         parameters: Sequence[nn.Parameter],
         optimizer: Optimizer,
-        scheduler: Any | None,  # noqa: ANN401 (torch has no common class for schedulers)
         clip_norm: float | None,
         decay: float | None,
         average: Sequence[Tensor],
     ) -> None:
-        self._parameters, self._optimizer, self._scheduler = parameters, optimizer, scheduler
+        self._parameters, self._optimizer = parameters, optimizer
         self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
 
     def spans(self, places: Sequence[Place]) -> list[Span]:
@@ -63,22 +60,15 @@ class Update:
             spans.append(Span(place.segment, start, place.offset + place.count, rate))
         return spans
 
-    def descended(self) -> None:
-        """Follow an update of the parameters that was not the optimizer's own doing."""
-        vars(self._optimizer)["_opt_called"] = True  # else a scheduler warns that no step went before its own
-        self.follow()
-
     def apply(self) -> None:
         """Update the parameters from their gradients, which they keep."""
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self._optimizer.step()
-        self.follow()
+        self.move_average()
 
-    def follow(self) -> None:
-        """Do what follows on an update: step the scheduler, move the average."""
-        if self._scheduler is not None:
-            self._scheduler.step()
+    def move_average(self) -> None:
+        """Let the average follow an update of the parameters."""
         if self._decay is not None:
             with torch.no_grad():
                 current = [parameter.data for parameter in self._parameters]

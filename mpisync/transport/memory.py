@@ -76,6 +76,14 @@ class SharedMemory:
             raise OSError(errno.ESTALE, f"{where} is another memory than {address}")
         return memory
 
+    def protect(self, start: int) -> None:
+        """Make the bytes from `start` on, and the rest of its page, read-only for this process."""
+        base = self.bytes.ctypes.data - _NONCE_BYTES  # mappings begin on a page
+        first = (_NONCE_BYTES + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        size = ctypes.c_size_t(len(self._map) - first)
+        if _libc.mprotect(ctypes.c_void_p(base + first), size, mmap.PROT_READ):
+            raise OSError(ctypes.get_errno(), "shared memory cannot be made read-only")
+
     def unlink(self) -> None:
         """Take the name away once all have attached; the memory lives on while it is mapped."""
         if self._path is not None:

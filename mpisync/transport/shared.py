@@ -68,6 +68,10 @@ class Board:
         lines = aligned(_PAGE + workers * _LINE_BYTES, _PAGE)
         return lines + buffers * aligned(published.size_bytes, _PAGE)
 
+    def protect(self) -> None:
+        """Make the parameters read-only for this process, a worker, which writes nothing but the bell."""
+        self.memory.protect(self.parameters[0].ctypes.data - self.memory.bytes.ctypes.data)
+
     def news(self) -> Futex:
         """What workers sleep on."""
         return Futex(self.bells, _NEWS)
@@ -254,6 +258,10 @@ class SharedWorkerLink(WorkerLink):
         if is_due or header.kind != Kind.GRADIENT or header.peak == math.inf or self.is_behind(header.version):
             fetch_add(bells, _WAKE, 1)
             self._wake.wake()
+
+    def protect(self) -> None:
+        """Make the parameters read-only: whoever writes to them gets a segmentation fault."""
+        self._board.protect()
 
     def reply(self, ordinal: int) -> Reply | None:
         """Read this worker's line."""

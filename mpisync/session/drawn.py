@@ -1,0 +1,94 @@
+"""What a worker has drawn since its last step: the batches of one gradient, one or several."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from mpisync.session.data import Batches
+
+_MANY_BATCHES = 100  # without a step: it seems to be forgotten
+
+
+class Basis(NamedTuple):
+    """What a gradient was computed from."""
+
+    samples: int  # that it is the mean of, as the loop says where it says so
+    drawn: int  # samples in its batches
+    data_s: float  # waited for them
+
+
+class Drawn:
+    """The batches since the last step.
+
+    As in torch, ``backward`` adds to the gradients that are there: a loop that goes on without `step` accumulates, and
+    the gradient is then of all these batches. A batch that left no gradient was passed over and is none of them.
+
+    Args:
+        parameters: Those that are trained.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._since_step = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._batches, self._samples, self._data_s = 0, 0, 0.0
+
+    def add(self, data: Batches) -> None:
+        """Take note of the newest batch."""
+        self._batches += 1
+        self._samples += data.batch_samples
+        self._data_s += data.data_s
+        self._since_step += 1
+
+    def has_gradient(self) -> bool:
+        """Whether any parameter has one."""
+        return any(parameter.grad is not None for parameter in self._parameters)
+
+    def goes_on(self) -> bool:
+        """Whether the next batch adds to a gradient that has been begun; asked before it is drawn."""
+        if self._since_step == _MANY_BATCHES:
+            warnings.warn(
+                f"{_MANY_BATCHES} batches were drawn since the last session.step(loss), and no gradient counts without "
+                "it: call it after loss.backward(), for every batch or for every few",
+                stacklevel=3,
+            )
+        if self._batches and not self.has_gradient():
+            self._forget()
+        return self._batches > 0
+
+    def take(self, samples: int | None, *, is_vain: Callable[[], bool] = bool) -> Basis:
+        """End a gradient: the next batch begins another.
+
+        Args:
+            samples: How many it is the mean of, if the loop says so.
+            is_vain: Whether it will be late for sure, so that it may be given up before `backward`.
+
+        Raises:
+            RuntimeError: No batch was drawn for it, or none of the parameters has a gradient.
+            ValueError: It is the mean of no sample.
+        """
+        if not self._batches:
+            raise RuntimeError("session.step must follow a batch of session.batches, or several")
+        if not self.has_gradient() and not is_vain():
+            raise RuntimeError(
+                "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"
+            )
+        basis = Basis(self._samples if samples is None else samples, self._samples, self._data_s)
+        if basis.samples < 1:
+            raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")
+        self._forget()
+        self._since_step = 0
+        return basis
+
+    def drop(self) -> None:
+        """Give up a gradient that will not be ended."""
+        if self._batches:
+            for parameter in self._parameters:
+                parameter.grad = None
+            self._forget()

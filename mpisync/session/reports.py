@@ -1,0 +1,89 @@
+"""Where every step's record goes: the file, the progress line, the script's own hook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mpisync
+from mpisync.policies import RecordWriter, Replay, RunHeader, StepRecord
+from mpisync.session.progress import Progress
+
+if TYPE_CHECKING:
+    from mpisync.session.session import Settings
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """What an update depends on, beside the model and the seed."""
+    return {"weight": settings.weight, "clip_norm": settings.clip_norm, "ema": settings.ema}
+
+
+def check_replay(settings: Settings) -> None:
+    """Raise ValueError where a record is to be replayed under other settings than it was made."""
+    header = settings.policy.header if isinstance(settings.policy, Replay) else None
+    if header is None:
+        return
+    recorded = {"seed": header.seed, **header.settings}
+    for name, here in {"seed": settings.seed, **_recorded(settings)}.items():
+        if name in recorded and recorded[name] != here:
+            raise ValueError(
+                f"the record was made with {name}={recorded[name]!r} and this session has {name}={here!r}: a replay "
+                "repeats a run only with the settings that it had"
+            )
+
+
+class Reports:
+    """Reports of the rank that makes the updates.
+
+    Raises:
+        ValueError: The record cannot be written.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._hosts: list[str] = []
+        self._progress: Progress | None = None
+        self._writer: RecordWriter | None = None
+        if settings.record is not None:
+            try:
+                self._writer = RecordWriter(settings.record)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+
+    def header(self, policy: str, hosts: Sequence[str]) -> None:
+        """Say what is run; `hosts` has one for each worker."""
+        self._hosts = list(hosts)
+        if self._writer is not None:
+            self._writer.header(
+                RunHeader(
+                    policy=policy,
+                    workers=len(hosts),
+                    seed=self._settings.seed,
+                    started_unix_s=time.time(),
+                    version=mpisync.__version__,
+                    hosts=self._hosts,
+                    settings=_recorded(self._settings),
+                )
+            )
+
+    def begin(self, steps: int | None) -> None:
+        """The loop begins; so many steps are to come."""
+        if self._settings.progress:
+            self._progress = Progress(steps, self._hosts)
+
+    def step(self, record: StepRecord) -> None:
+        """Report a step that was published."""
+        if self._writer is not None:
+            self._writer.step(record)
+        if self._progress is not None:
+            self._progress.step(record)
+        if self._settings.on_step is not None:
+            self._settings.on_step(record)
+
+    def close(self) -> None:
+        """No step follows."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
