@@ -448,7 +448,7 @@ def test_what_does_not_fit_is_refused_and_the_session_goes_on(comm):
 
 def test_what_makes_no_sense_is_refused_by_name(monkeypatch):
     theta = np.zeros(3, np.float32)
-    with pytest.raises(TypeError, match="comm must be a communicator, such as MPI.COMM_WORLD, not None"):
+    with pytest.raises(TypeError, match="comm must be an intracommunicator such as MPI.COMM_WORLD, not None"):
         PartialReduce(None, like=theta)
     with pytest.raises(TypeError, match="like must be a NumPy array, not list"):
         PartialReduce(MPI.COMM_SELF, like=[0.0, 0.0])

@@ -36,7 +36,7 @@ _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' proces
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
 _SMALL_BYTES = 256 << 10  # to wake up for one costs more than to fold it
 _FOLD_AFTER_S = 1e-3  # a small one costs more by being a call of its own than it saves
-_REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
+REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
 
 
 class Root:
@@ -316,7 +316,7 @@ class Root:
 
     def _count_rejection(self) -> None:
         self._rejected_in_a_row += 1
-        limit = _REJECTIONS_PER_WORKER * len(self._step.alive)
+        limit = REJECTIONS_PER_WORKER * len(self._step.alive)
         if self._rejected_in_a_row >= limit:
             self.fail(
                 f"the last {limit} gradients all had NaN or Inf: training has diverged at version "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mpisync.aggregation.root import _REJECTIONS_PER_WORKER
+from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import ArrivalRecord, BackupWorkers, StepRecord
 from mpisync.session.data import Batches
@@ -148,7 +148,7 @@ class Alone:
     def _count_rejection(self) -> None:
         self._rejected += 1
         self._rejected_in_a_row += 1
-        if self._rejected_in_a_row >= _REJECTIONS_PER_WORKER:
+        if self._rejected_in_a_row >= REJECTIONS_PER_WORKER:
             raise RuntimeError(
                 f"the last {self._rejected_in_a_row} gradients all had NaN or Inf: training has diverged at version "
                 f"{self.version}; lower the learning rate or clip the gradient"

@@ -15,7 +15,6 @@ from mpisync.aggregation.root import Root
 from mpisync.aggregation.steps import PeerFailed
 from mpisync.aggregation.worker import Worker
 from mpisync.policies import BackupWorkers, Policy, parse_policy
-from mpisync.transport.rendezvous import check_launcher
 
 _STOPPED_GRACE_S = 3.0  # for ranks that are stopped by a signal
 _FAILED_GRACE_S = 3.0  # for ranks that still compute when another has failed
@@ -39,15 +38,9 @@ def chosen_policy(code: object) -> Policy:
 
 
 def check_communicator(comm: object) -> None:
-    """Refuse what is no communicator, and a launcher that belongs to another MPI.
-
-    Raises:
-        TypeError: It is no intracommunicator.
-        RuntimeError: Every rank is alone though a launcher started several.
-    """
+    """Raise TypeError for what is no intracommunicator."""
     if not isinstance(comm, MPI.Intracomm):
-        raise TypeError(f"comm must be a communicator, such as MPI.COMM_WORLD, not {comm!r}")
-    check_launcher(comm)
+        raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
 
 
 def problem_of(check: Callable[[], object]) -> str:

@@ -18,7 +18,7 @@ from mpisync.kernels.dtypes import dtype_of
 from mpisync.policies import Policy, StepRecord
 from mpisync.session.ends import check_communicator, chosen_policy, leave_root, leave_worker, problem_of
 from mpisync.transport.layout import Layout
-from mpisync.transport.rendezvous import Claim
+from mpisync.transport.rendezvous import Claim, check_launcher
 
 
 class ReducedStep:
@@ -97,6 +97,7 @@ class PartialReduce:
         parameters: np.ndarray | None = None,
     ) -> None:
         check_communicator(comm)
+        check_launcher(comm)
         if not isinstance(like, np.ndarray):
             raise TypeError(
                 f"like must be a NumPy array, not {type(like).__name__}: of a CPU tensor give tensor.numpy()"

@@ -18,7 +18,7 @@ from mpisync.policies import Policy, StepRecord
 from mpisync.session.alone import Alone
 from mpisync.session.computing import Computing
 from mpisync.session.ended import Ended, averaged_state
-from mpisync.session.ends import chosen_policy
+from mpisync.session.ends import check_communicator, chosen_policy
 from mpisync.session.flat import FlatModel
 from mpisync.session.serving import Serving
 from mpisync.transport.rendezvous import check_launcher
@@ -105,8 +105,7 @@ class Session:
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
     ) -> None:
-        if not isinstance(comm, MPI.Intracomm):
-            raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
+        check_communicator(comm)
         if weight not in ("equal", "samples"):
             raise ValueError(f'weight must be "equal" or "samples", not {weight!r}')
         if ema is not None and not 0 < ema < 1:
