@@ -11,6 +11,8 @@ step (the root aggregator, a simulator, a test) plays it by four rules:
    and at `Policy.wakes_at`.
 4. A worker whose gradient got its verdict begins its next one at the version that
    `Policy.resumes_at` names, and not before that version is published.
+5. When a step's version is published the policy of the next step is `Policy.after` of its record,
+   which has the norms if the policy `wants_norms`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ import math
 import operator
 from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpisync.policies.records import StepRecord
 
 __all__ = ["Arrival", "Decision", "OpenStep", "Policy"]
 
@@ -167,6 +173,20 @@ class Policy(abc.ABC):
                 under staleness 0 that is the version which the open step will make.
         """
         return newest
+
+    @property
+    def wants_norms(self) -> bool:
+        """Whether it reads `StepRecord.norms`, which cost the root a little."""
+        return False
+
+    @property
+    def why(self) -> str | None:
+        """Why the step is played as it is, for its record; None where nothing was decided."""
+        return None
+
+    def after(self, record: StepRecord) -> Policy:
+        """Return the policy of the next step, given the record of the one that was closed."""
+        return self
 
     @abc.abstractmethod
     def __str__(self) -> str:
