@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from playing import cycling, opened, play, recorded, steady
 
 from mpisync.policies import (
+    Adaptive,
     Arrival,
     Async,
     BackupWorkers,
@@ -179,6 +180,9 @@ POLICIES = [
     BackupWorkers(2),
     Deadline(2.5),
     Deadline(0.5, at_least=3, grace=1.0),
+    Deadline(3.0, at_least=2, mads=1.0),
+    Adaptive(),
+    Adaptive(at_least=1, at_most=3, noise_scale=2.5),
     Async(1),
     Async(3),
     Async(6, max_staleness=2),
@@ -353,7 +357,7 @@ def test_a_dead_workers_gradient_keeps_its_place_in_a_deadlines_quorum():
     assert not Deadline(2.0, at_least=3).closes(step, now_s=99.0)
 
 
-MODULES = "base backup deadline asynchronous replay records files forms".split()
+MODULES = "base backup deadline durations adaptive asynchronous replay records files forms".split()
 
 
 @pytest.mark.parametrize("name", MODULES)

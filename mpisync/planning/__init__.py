@@ -1,0 +1,1 @@
+"""Delay laws, order statistics, simulation and advice. Needs policies only: no MPI, no torch."""
