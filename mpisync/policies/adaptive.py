@@ -18,7 +18,7 @@ _WINDOW = 48  # steps that a decision looks back on
 _PERIOD = 8  # steps from one decision to the next, and before the first
 _MARGIN = 0.02  # what a change must save, of the cost, to be made
 _CANDIDATES = 16  # values of N weighed at a decision, about
-_SECONDS_PER_TIME = 4e-7  # that weighing costs, for each step looked back on, worker and candidate
+_SECONDS_PER_TIME = 2e-7  # that weighing costs, for each step looked back on, worker and candidate
 _SHARE = 0.02  # of the root's time that decisions may cost
 
 
