@@ -1,13 +1,11 @@
-"""What messages and the root cost in a simulated run, and where to take the numbers from."""
+"""What messages and the root cost in a simulated run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 __all__ = ["Costs"]
 
@@ -15,7 +13,7 @@ Topology = Literal["star", "tree", "sharded"]
 TOPOLOGIES = ("star", "tree", "sharded")
 _LEAST_FOLD_BYTES_PER_S = 10e9  # the root waits for a fuller pass as long as one takes at this rate
 _FOLD_AFTER_S = 1e-3  # and so long at least
-_INLINE_BYTES = 16 << 10  # a gradient of no more rides in its header's message
+INLINE_BYTES = 16 << 10  # a gradient of no more rides in its header's message
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Costs:
     @property
     def is_inline(self) -> bool:
         """Whether gradients are so small that they ride in their headers' messages."""
-        return self.gradient_bytes <= _INLINE_BYTES
+        return self.gradient_bytes <= INLINE_BYTES
 
     @property
     def link_s(self) -> float:
@@ -135,48 +133,3 @@ class Costs:
         if self.topology != "sharded" or self.nodes == 1:
             return self.publish_s
         return self.publish_s + self.latency_s + (self.nodes - 1) / self.nodes * self.link_s
-
-    @classmethod
-    def from_benchmark(cls, result: Mapping[str, Any], gradient_bytes: int, method: str = "shared") -> Costs:
-        """Take the costs on one node from what benchmarks/collective.py measured.
-
-        Between the sizes that were measured everything is interpolated. What a round took beyond
-        reduce, update and publication is the root's work for its headers; with `messages` that is
-        so for the smallest size if gradients ride in their headers there, and what more it is for
-        others is the bytes on the link, there and back.
-
-        Args:
-            result: The object in the benchmark's last line.
-            gradient_bytes: The size to be simulated.
-            method: `shared`, or `messages` for workers without shared memory.
-
-        Raises:
-            ValueError: This method was not measured.
-        """
-        name, workers = f"mpisync {method}", int(result["settings"]["workers"])
-        found = {int(size): each["ms"][name] for size, each in result["sizes"].items() if name in each["ms"]}
-        sizes = sorted(size for size, each in found.items() if "root" in each)
-        if not sizes:
-            raise ValueError(f"the benchmark must have measured {name}, but has {list(result['sizes'])} without")
-        parts = {part: [found[size]["root"].get(part, 0.0) for size in sizes] for part in _PARTS}
-        rest = [found[size]["p50"] - sum(parts[part][i] for part in _PARTS) for i, size in enumerate(sizes)]
-        at_s = {
-            part: 1e-3 * float(np.interp(gradient_bytes, sizes, values))
-            for part, values in {**parts, "rest": [max(value, 0.0) for value in rest]}.items()
-        }
-        inline_s = 1e-3 * max(rest[0], 0.0) if sizes[0] <= _INLINE_BYTES else 0.0
-        headers_s = at_s["rest"] if method == "shared" else min(inline_s, at_s["rest"])
-        linked_s = at_s["rest"] - headers_s
-        moved = (workers + 1) * gradient_bytes
-        return cls(
-            shared=method == "shared",
-            gradient_bytes=gradient_bytes,
-            header_s=headers_s / workers,
-            fold_bytes_per_s=moved / at_s["reduce"] if at_s["reduce"] > 0 and moved else math.inf,
-            bandwidth_bytes_per_s=2 * workers * gradient_bytes / linked_s if linked_s > 0 else math.inf,
-            update_s=at_s["update"],
-            publish_s=at_s["publish"],
-        )
-
-
-_PARTS = ("reduce", "update", "publish")

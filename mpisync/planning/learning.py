@@ -18,9 +18,11 @@ class Learner(Protocol):
 
     Attributes:
         parameters: The newest; workers keep references, so that an update makes a new array.
+        errors: F(θ_t) − F*, or what else is to be the loss of gradients of version t.
     """
 
     parameters: Array
+    errors: list[float]
 
     def gradient(self, parameters: Array, worker: int, sequence: int) -> Array:
         """Return the gradient that a worker computes at these parameters as its `sequence`-th."""

@@ -262,6 +262,7 @@ class _Root:
                 late_by=step.step - arrival.version if verdict == "late" else 0,
                 compute_s=self.computing[worker][0],
                 samples=1,
+                loss=None if self.learner is None else self.learner.errors[arrival.version],
                 bytes=self.costs.gradient_bytes if self.network.is_whole(arrival) else 0,
             )
         )
