@@ -33,9 +33,9 @@ from mpisync.policies.backup import FirstN
 from mpisync.policies.durations import Turnarounds
 
 TRACE = Path(__file__).parent.parent / "tests/data/bytedance_SE_dp_compute_seconds_42x32.csv"
-RATE, NOISE, TARGET = 0.1, 2.0, 0.02  # noise of one gradient among 16 workers, and in proportion among more
+RATE, NOISE, TARGET = 0.1, 2.0, 0.01  # noise of one gradient among 16 workers, and in proportion among more
 WINDOW = 16  # steps that the rules of others look back on
-ROWS = 160  # of compute times in training, somewhat more than it takes; then they repeat
+ROWS = 240  # of compute times in training, somewhat more than it takes; then they repeat
 
 
 # -- rules of others -------------------------------------------------------------------------------

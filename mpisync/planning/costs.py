@@ -48,7 +48,7 @@ class Costs:
 
     Example:
         >>> costs = Costs("sharded", nodes=4, gradient_bytes=100_000_000, bandwidth_bytes_per_s=1e9)
-        >>> costs.reduce_s([2, 2, 2, 2]), costs.publication_s  # 75 MB each
+        >>> round(costs.reduce_s([2, 2, 2, 2]), 6), round(costs.publication_s, 6)  # 75 MB each
         (0.075, 0.075)
     """
 

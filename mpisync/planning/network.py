@@ -111,11 +111,17 @@ class Network:
         """The node whose aggregator folds this worker's gradients."""
         return self._home if self.costs.topology == "star" else self._node[worker]
 
-    def accepted(self, worker: int, now_s: float) -> float:
-        """Count a gradient to be folded; until when the root is busy with those before it."""
+    def accepted(self, worker: int, idle_s: float, now_s: float) -> float:
+        """Count a gradient to be folded; until when the root is busy with those before it.
+
+        Args:
+            worker: Whose it is.
+            idle_s: Until when the root had nothing else to do.
+            now_s: When it was accepted.
+        """
         node, busy_s = self._folder(worker), 0.0
         begins_s = self._accepted_s[node] + self.costs.fold_after_s
-        if self._pending[node] and now_s >= begins_s:
+        if self._pending[node] and idle_s >= begins_s:
             if node == self._home:
                 busy_s = begins_s + self.costs.pass_s(self._pending[node])
             self._pending[node] = 0

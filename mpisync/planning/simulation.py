@@ -129,6 +129,7 @@ class _Root:
         self.network = Network(costs, workers)
         self.now_s = 0.0
         self.free_s = 0.0  # when the root has done what it does
+        self.idle_s = 0.0  # until when it last had nothing to do
         self.is_closing = False
         self.events: list[tuple[float, float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.order = itertools.count()
@@ -211,6 +212,7 @@ class _Root:
 
     def hear(self, arrival: Arrival) -> None:
         """The root looks at a header."""
+        self.idle_s = self.now_s
         self.now_s += self.costs.header_s
         self.free_s = self.now_s
         self.take(arrival)
@@ -243,7 +245,7 @@ class _Root:
     def accept(self, arrival: Arrival) -> None:
         """Count a whole gradient."""
         self.step.accepted.append(arrival)
-        self.free_s = max(self.free_s, self.network.accepted(arrival.worker, self.now_s))
+        self.free_s = max(self.free_s, self.network.accepted(arrival.worker, self.idle_s, self.now_s))
         if self.learner is not None:
             parameters = self.computing[arrival.worker][1]
             self.gradients.append(self.learner.gradient(parameters, arrival.worker, arrival.sequence))
@@ -294,7 +296,7 @@ class _Root:
             return
         if not self.is_closing:  # else it is judged when the next step opens
             self.network.wanted.pop(arrival.worker)
-            self.now_s = max(self.now_s, self.free_s)
+            self.idle_s = self.now_s = max(self.now_s, self.free_s)
             self.take(replace(arrival, at_s=self.now_s))
             self.ask()
 
@@ -304,8 +306,7 @@ class _Root:
         """Fold what is left, update, publish."""
         self.is_closing = True
         closed_s, costs = self.now_s, self.costs
-        began_s = max(closed_s, self.free_s)
-        reduced_s = began_s + costs.reduce_s(self.network.pending(began_s))
+        reduced_s = max(closed_s, self.free_s) + costs.reduce_s(self.network.pending(closed_s))
         published_s = reduced_s + costs.updating_s + costs.publication_s
         if published_s > closed_s:
             self.later(published_s, self.publish, closed_s, reduced_s)
@@ -350,7 +351,7 @@ class _Root:
         """Open the next step, and judge what waits for it."""
         old, now_s = self.step, self.now_s
         self.step = OpenStep(number, now_s, old.workers, old.alive, held=old.held)
-        self.is_closing, self.free_s = False, now_s
+        self.is_closing, self.free_s, self.idle_s = False, now_s, now_s
         self.network.published(number, now_s)
         for worker, (sequence, version) in list(self.waiting.items()):
             if version <= number:

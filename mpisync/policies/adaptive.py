@@ -18,7 +18,7 @@ _WINDOW = 48  # steps that a decision looks back on
 _PERIOD = 4  # steps from one decision to the next, and before the first
 _MARGIN = 0.02  # what a change must save, of the cost, to be made
 _CANDIDATES = 16  # values of N weighed at a decision, about
-_SECONDS_PER_TIME = 2e-7  # that weighing costs, for each step looked back on, worker and candidate
+_SECONDS_PER_TIME = 3e-7  # that weighing costs, for each step looked back on, worker and candidate
 _SHARE = 0.02  # of the root's time that decisions may cost
 
 
@@ -37,8 +37,14 @@ class Adaptive(FirstN):
       V̂ = (Σ‖g_j‖² − k‖ḡ‖²)/(k − 1) and ‖∇F‖² = ‖ḡ‖² − V̂/k, for k accepted gradients with mean ḡ.
       Where that is not above 0, or unknown since N is 1, all gradients count as noise: N_c = ∞.
 
-    The first four steps take all gradients that they may; then N is weighed every fourth step, or less
-    often where steps are so short that weighing would cost, and changes only where that saves at least 2 % of the cost. `StepRecord.why` tells each decision.
+    The first four steps take all gradients that they may; then N is weighed every fourth step, or
+    less often where steps are so short that weighing would cost more than 2 % of them. It changes
+    only where that saves at least 2 % of the cost. When the last four steps would all have taken
+    longer, or all shorter, with the N of now than every one before them, times have changed and
+    those before are forgotten. `StepRecord.why` tells each decision.
+
+    While N is all workers, one that hangs holds its step up until it wakes or is known to be dead:
+    an `at_most` below the number of workers waits for nobody.
     The rate of the optimizer is not touched: `at_least` bounds how far the noise may grow.
 
     Invariant: every update is the mean of exactly N gradients from N distinct workers, all computed
@@ -145,7 +151,8 @@ class Adaptive(FirstN):
         return last.step + 1 >= step + _PERIOD and (last.published_s - at_s) * _SHARE >= costs_s
 
     def _current(self) -> int:
-        return min(self._bounds(self._workers)[1] if self._n is None else self._n, self._recent[-1].alive)
+        n = self._bounds(self._workers)[1] if self._n is None else self._n
+        return max(min(n, self._recent[-1].alive), 1)
 
     def _candidates(self) -> list[int]:
         """The values of N to be weighed: all, or closer to the greatest where they are many."""
