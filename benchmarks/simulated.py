@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -67,10 +68,12 @@ def changing(compute_s: float, workers: int, slow: float, steps: int) -> np.ndar
     return times_s
 
 
-def run(comm: MPI.Intracomm, policy: Policy, times_s: np.ndarray, steps: int, elements: int, *, by_version: bool) -> list[StepRecord]:  # noqa: E501
+def run(
+    comm: MPI.Intracomm, policy: Policy, times_s: np.ndarray, asked: argparse.Namespace, steps: int, *, by_version: bool
+) -> list[StepRecord]:
     """Really run; on the root the records. A sleep is that of the gradient's number, or of its version."""
     records: list[StepRecord] = []
-    with PartialReduce(comm, like=np.zeros(elements, np.float32), policy=policy) as reduction:
+    with PartialReduce(comm, like=np.zeros(asked.elements, np.float32), policy=policy) as reduction:
         if reduction.is_root:
             for step in reduction.serve(steps):
                 reduction.parameters.flat[0] = step.step + 1  # the version
@@ -112,7 +115,7 @@ def compare(asked: argparse.Namespace, comm: MPI.Intracomm, costs: Costs | None)
             recorded = comm.bcast(recorded, root=comm.size - 1)
         policy = Replay(recorded) if form == "replay" else parse_policy(form)
         meet(comm, 1e-3)
-        records = run(comm, policy, times_s, asked.steps, asked.elements, by_version=False)
+        records = run(comm, policy, times_s, asked, asked.steps, by_version=False)
         if form == "backup:1":
             recorded = records
         if is_root and costs is not None:
@@ -136,7 +139,7 @@ def change(asked: argparse.Namespace, comm: MPI.Intracomm) -> dict[str, float]:
     found = {}
     for policy in (*map(BackupWorkers, range((workers + 1) // 2)), parse_policy("adaptive:noise_scale=inf")):
         meet(comm, 1e-3)
-        records = run(comm, policy, times_s, steps, asked.elements, by_version=True)
+        records = run(comm, policy, times_s, asked, steps, by_version=True)
         if records:
             found[str(policy)] = round(pace(records), 2)
             print(f"{policy}: {found[str(policy)]} gradients a second", flush=True)
@@ -151,7 +154,7 @@ def main() -> None:
     asked, comm = options(), MPI.COMM_WORLD
     about, is_root, workers = machine(), comm.rank == comm.size - 1, comm.size - 1
     alike = asked.compute * 1e-3 * np.random.default_rng(2).uniform(0.9, 1.1, (1000, workers))
-    records = run(comm, BackupWorkers(0), alike, 50, asked.elements, by_version=False)
+    records = run(comm, BackupWorkers(0), alike, asked, 50, by_version=False)
     costs = costs_from_records(records) if is_root else None
     if costs is not None:
         overshoot_s = [
@@ -170,7 +173,8 @@ def main() -> None:
         settings: dict[str, Any] = {"workers": workers, **vars(asked)}
         worst = max((abs(each["ratio"] - 1) for each in found.values()), default=0.0)
         result = {"benchmark": "simulated", "machine": about, "versions": versions(), "settings": settings}
-        result |= {"costs": dataclasses.asdict(costs), "policies": found, "worst": round(worst, 4)}
+        free = {name: value for name, value in dataclasses.asdict(costs).items() if value != math.inf}
+        result |= {"costs": free, "policies": found, "worst": round(worst, 4)}
         report({**result, "gradients_per_s": changed}, asked.out)
 
 

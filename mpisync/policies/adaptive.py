@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mpisync.policies.backup import FirstN
-from mpisync.policies.base import OpenStep, whole_number
+from mpisync.policies.base import OpenStep, number_text, whole_number
 from mpisync.policies.durations import Turnarounds, time_per_step
 from mpisync.policies.records import StepRecord
 
@@ -69,7 +69,7 @@ class Adaptive(FirstN):
         >>> policy.target(step)  # of the first steps
         4
         >>> str(Adaptive(at_least=2, noise_scale=300))
-        'adaptive:at_least=2,noise_scale=300.0'
+        'adaptive:at_least=2,noise_scale=300'
     """
 
     at_least: int | None = None
@@ -198,9 +198,9 @@ class Adaptive(FirstN):
 
     def __str__(self) -> str:
         """Return for example `adaptive:at_least=4`."""
-        names = ("at_least", "at_most", "noise_scale")
-        values = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        return f"adaptive:{','.join(values)}" if values else "adaptive"
+        values = {name: getattr(self, name) for name in ("at_least", "at_most", "noise_scale")}
+        given = [f"{name}={number_text(value)}" for name, value in values.items() if value is not None]
+        return f"adaptive:{','.join(given)}" if given else "adaptive"
 
 
 def _has_changed(took_s: Sequence[float]) -> bool:

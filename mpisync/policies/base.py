@@ -202,3 +202,8 @@ def whole_number(name: str, value: int, minimum: int, advice: str) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, not {number}: {advice}")
     return number
+
+
+def number_text(value: float) -> str:
+    """Return a number as a policy's form has it: `2` and not `2.0`."""
+    return repr(value).removesuffix(".0")

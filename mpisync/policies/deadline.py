@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass, field, replace
 
-from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, whole_number
+from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, number_text, whole_number
 from mpisync.policies.durations import Turnarounds
 from mpisync.policies.records import StepRecord
 
@@ -163,15 +163,11 @@ class Deadline(Policy):
 
     def __str__(self) -> str:
         """Return for example `deadline:0.5,at_least=3,grace=0.1`."""
-        text = f"deadline:{_number(self.seconds)}"
+        text = f"deadline:{number_text(self.seconds)}"
         if self.at_least != 1:
             text += f",at_least={self.at_least}"
         if self.grace:
-            text += f",grace={_number(self.grace)}"
+            text += f",grace={number_text(self.grace)}"
         if self.mads is not None:
-            text += f",mads={_number(self.mads)}"
+            text += f",mads={number_text(self.mads)}"
         return text
-
-
-def _number(value: float) -> str:
-    return repr(value).removesuffix(".0")
