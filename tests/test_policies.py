@@ -223,6 +223,35 @@ def test_contract(policy, table):
             assert all(one.late_by > 0 for one in step.arrivals if one.verdict == "late")
 
 
+class Fickle(BackupWorkers):
+    """Breaks what a policy owes its root, in one way."""
+
+    how = ""
+    asked = 0
+
+    def judge(self, arrival, step):
+        decision = super().judge(arrival, step)
+        if self.how == "remembers":
+            type(self).asked += 1
+            return ACCEPT if self.asked % 2 else HOLD
+        if self.how == "writes":
+            step.held.append(arrival)
+        return HOLD if self.how == "forgives" and step.step > arrival.version + 1 else decision
+
+    def wakes_at(self, step):
+        return step.opened_s + 0.5 if self.how == "sleeps on" else math.inf
+
+    def after(self, record):
+        return BackupWorkers(record.step % 2) if self.how == "changes its form" else self
+
+
+@pytest.mark.parametrize("how", ["remembers", "writes", "forgives", "sleeps on", "changes its form"])
+def test_the_player_sees_what_a_policy_must_not_do(how):
+    kind = type("Fickle", (Fickle,), {"how": how})
+    with pytest.raises(AssertionError):
+        play(kind(1), steady(1.0, 1.0, 4.5), workers=3, steps=12)
+
+
 def test_the_records_replayed_here_have_what_they_are_for():
     late = {one.worker for step in SYNC_RECORD for one in step.arrivals if one.verdict == "late"}
     assert late & {worker for step in SYNC_RECORD[6:] for worker, _, _ in step.accepted}

@@ -16,7 +16,7 @@ __all__ = ["Adaptive", "noise_scale_of"]
 
 _WINDOW = 48  # steps that a decision looks back on
 _PERIOD = 4  # steps from one decision to the next, and before the first
-_MARGIN = 0.02  # what a change must save, of the cost, to be made
+_MARGIN = 0.01  # what a change must save, of the cost, to be made
 _CANDIDATES = 16  # values of N weighed at a decision, about
 _SECONDS_PER_TIME = 3e-7  # that weighing costs, for each step looked back on, worker and candidate
 _SHARE = 0.02  # of the root's time that decisions may cost
@@ -39,7 +39,7 @@ class Adaptive(FirstN):
 
     The first four steps take all gradients that they may; then N is weighed every fourth step, or
     less often where steps are so short that weighing would cost more than 2 % of them. It changes
-    only where that saves at least 2 % of the cost. When the last four steps would all have taken
+    only where that saves at least 1 % of the cost. When the last four steps would all have taken
     longer, or all shorter, with the N of now than every one before them, times have changed and
     those before are forgotten. `StepRecord.why` tells each decision.
 

@@ -1,7 +1,7 @@
 """What a policy is: the rules by which a step accepts gradients and closes.
 
 A policy is a pure function of what it is shown: no clock, no MPI, no arrays. Whoever owns the open
-step (the root aggregator, a simulator, a test) plays it by four rules:
+step (the root aggregator, a simulator, a test) plays it by five rules:
 
 1. Every arrival is judged (`Policy.judge`): when its header comes, to learn whether its payload is
    worth asking for, and again when it is whole, with the time of that as `Arrival.at_s`.
