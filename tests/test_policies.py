@@ -249,7 +249,7 @@ class Fickle(BackupWorkers):
 def test_the_player_sees_what_a_policy_must_not_do(how):
     kind = type("Fickle", (Fickle,), {"how": how})
     with pytest.raises(AssertionError):
-        play(kind(1), steady(1.0, 1.0, 4.5), workers=3, steps=12)
+        play(kind(1), steady(1.0, 1.0, 1.5), workers=3, steps=12)
 
 
 def test_the_records_replayed_here_have_what_they_are_for():
