@@ -15,6 +15,7 @@ from launch import ROOT
 from mpisync.planning.calibration import costs_from_benchmark, costs_from_records
 from mpisync.planning.costs import Costs
 from mpisync.planning.learning import Descent, Logistic, Quadratic
+from mpisync.planning.network import Network
 from mpisync.planning.scale import arrival_times, backup_step_times
 from mpisync.planning.simulation import Deadlock, simulate
 from mpisync.policies import (
@@ -138,6 +139,14 @@ def test_large_gradients_from_other_nodes_come_one_by_one_and_only_the_wanted():
     assert [(one.worker, one.bytes) for one in late] == [(2, 0)], "nobody asked for it"
     # the late one was answered first when the step opened: its parameters go out first, 0.1 s each
     assert second.closed_s > first.published_s + 0.1 + 0.1 + 0.01 + 1.0
+
+
+def test_no_payload_is_asked_for_that_the_step_does_not_lack(monkeypatch):
+    asked, payload_s = [], Network.payload_s
+    monkeypatch.setattr(Network, "payload_s", lambda self, *of: asked.append(of) or payload_s(self, *of))
+    costs = Costs(shared=False, gradient_bytes=100 * MB, bandwidth_bytes_per_s=1e9)
+    records = played(BackupWorkers(2), times(20, 6), costs=costs)
+    assert len(asked) == sum(len(record.accepted) for record in records)
 
 
 def test_small_gradients_ride_in_their_headers():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from mpisync.policies.backup import FirstN
@@ -37,11 +37,11 @@ class Adaptive(FirstN):
       V̂ = (Σ‖g_j‖² − k‖ḡ‖²)/(k − 1) and ‖∇F‖² = ‖ḡ‖² − V̂/k, for k accepted gradients with mean ḡ.
       Where that is not above 0, or unknown since N is 1, all gradients count as noise: N_c = ∞.
 
-    The first four steps take all gradients that they may; then N is weighed every fourth step, or
-    less often where steps are so short that weighing would cost more than 2 % of them. It changes
-    only where that saves at least 1 % of the cost. When the last four steps would all have taken
-    longer, or all shorter, with the N of now than every one before them, times have changed and
-    those before are forgotten. `StepRecord.why` tells each decision.
+    The first four steps do without one worker, whose time shows all the same, and which may hang
+    without holding up the others; then N is weighed every fourth step, or less often where steps
+    are so short that weighing would cost more than 2 % of them. It changes only where that saves at
+    least 1 % of the cost. What a worker took before it became slower or faster, as four gradients
+    in a row tell, is forgotten. `StepRecord.why` tells each decision.
 
     While N is all workers, one that hangs holds its step up until it wakes or is known to be dead:
     an `at_most` below the number of workers waits for nobody.
@@ -67,7 +67,7 @@ class Adaptive(FirstN):
         >>> policy = Adaptive()
         >>> step = OpenStep(step=0, opened_s=0.0, workers=4, alive={0, 1, 2, 3})
         >>> policy.target(step)  # of the first steps
-        4
+        3
         >>> str(Adaptive(at_least=2, noise_scale=300))
         'adaptive:at_least=2,noise_scale=300'
     """
@@ -79,7 +79,6 @@ class Adaptive(FirstN):
     _n: int | None = field(default=None, repr=False)
     _why: str | None = field(default=None, repr=False)
     _decided: tuple[int, float] | None = field(default=None, repr=False)  # at which step, when
-    _since: int = field(default=1, repr=False)  # the first step whose times count: step 0 warms up
     _recent: tuple[StepRecord, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -118,8 +117,13 @@ class Adaptive(FirstN):
 
     def target(self, step: OpenStep) -> int:
         """N_t, or as many as can still be had."""
-        n = self._bounds(step.workers)[1] if self._n is None else self._n
-        return min(n, step.reachable)
+        return min(self._chosen(step.workers), step.reachable)
+
+    def _chosen(self, workers: int) -> int:
+        if self._n is not None:
+            return self._n
+        least, most = self._bounds(workers)
+        return min(max(least, most - 1, 2), most)  # one gradient alone tells no noise
 
     @property
     def wants_norms(self) -> bool:
@@ -151,8 +155,7 @@ class Adaptive(FirstN):
         return last.step + 1 >= step + _PERIOD and (last.published_s - at_s) * _SHARE >= costs_s
 
     def _current(self) -> int:
-        n = self._bounds(self._workers)[1] if self._n is None else self._n
-        return max(min(n, self._recent[-1].alive), 1)
+        return max(min(self._chosen(self._workers), self._recent[-1].alive), 1)
 
     def _candidates(self) -> list[int]:
         """The values of N to be weighed: all, or closer to the greatest where they are many."""
@@ -168,11 +171,8 @@ class Adaptive(FirstN):
 
     def _decide(self) -> Adaptive:
         """Weigh every N on the steps that are remembered."""
-        records = [record for record in self._recent if record.step >= self._since]
-        turnarounds = Turnarounds(self._recent, self._workers)
-        table = turnarounds.table(records[0].step, len(records))
-        if _has_changed(time_per_step(table, self._current())):
-            return replace(self, _since=records[-_PERIOD].step)._decide()
+        records = self._recent[1:] if self._recent[0].step == 0 else self._recent  # step 0 warms up
+        table = Turnarounds(self._recent, self._workers).table(records[0].step, len(records))
         between_s = statistics.fmean(record.published_s - record.closed_s for record in records)
         noise_scale = noise_scale_of(self._recent) if self.noise_scale is None else self.noise_scale
 
@@ -201,15 +201,6 @@ class Adaptive(FirstN):
         values = {name: getattr(self, name) for name in ("at_least", "at_most", "noise_scale")}
         given = [f"{name}={number_text(value)}" for name, value in values.items() if value is not None]
         return f"adaptive:{','.join(given)}" if given else "adaptive"
-
-
-def _has_changed(took_s: Sequence[float]) -> bool:
-    """Say whether the last steps all took longer, or all shorter, than every one before.
-
-    Of 12 steps alike that happens to the last 4 once in 250 times, of 48 once in 100,000.
-    """
-    before, last = took_s[:-_PERIOD], took_s[-_PERIOD:]
-    return len(before) >= 2 * _PERIOD and (min(last) > max(before) or max(last) < min(before))
 
 
 def noise_scale_of(records: Iterable[StepRecord]) -> float:

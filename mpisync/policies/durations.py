@@ -7,11 +7,15 @@ batch and the way to the root.
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mpisync.policies.records import ArrivalRecord, StepRecord
+
+_AFTER, _TOTAL = 4, 16  # turnarounds after a change, and in all, that tell it from chance
 
 
 @dataclass(slots=True)
@@ -70,27 +74,52 @@ class Turnarounds:
     def table(self, first: int, steps: int) -> list[list[float]]:
         """Return what each worker takes, or would take, at each of `steps` versions from `first` on.
 
-        A version at which a worker began nothing has one of its other turnarounds, each in its turn,
-        so that its slow ones keep their share. What has not arrived counts once it is slower than
-        the worker's usual.
+        A worker that has become slower or faster counts with what it took since. A version at which
+        nothing is known of a worker has one of its other turnarounds, each in its turn, so that its
+        slow ones keep their share. What has not arrived counts once it is slower than the worker's
+        usual.
 
         Returns:
             A row for each version, in it a time for each worker, in seconds.
         """
+        versions = range(first, first + steps)
         columns = []
         for of_one, (version, so_far_s) in zip(self.seconds, self.pending, strict=True):
-            known = {v: s for v, s in of_one.items() if first <= v < first + steps}
-            if not known or so_far_s > statistics.median(known.values()):
-                known[min(version, first + steps - 1)] = so_far_s
-            own = list(known.values())
-            gaps = iter(range(steps))
-            columns.append(
-                [
-                    known[v] if v in known else own[next(gaps) % len(own)]
-                    for v in range(first, first + steps)
-                ]
-            )
+            known = {v: s for v, s in of_one.items() if v in versions}
+            for v in list(known)[: changed_at(list(known.values()))]:
+                del known[v]
+            usual_s = statistics.median(known.values() or of_one.values() or [0.0])
+            if not known or so_far_s > usual_s:
+                known[min(version, versions[-1])] = max(so_far_s, usual_s)
+            others = itertools.cycle(list(known.values()))
+            columns.append([known[v] if v in known else next(others) for v in versions])
         return [list(row) for row in zip(*columns, strict=True)]
+
+
+def changed_at(values: Sequence[float]) -> int:
+    """Return where the last change is: all values from there on are greater, or all less, than all before.
+
+    Of 16 values from one distribution the last 4 are so by chance once in 900 times, of 48 once in
+    100,000 times. The first alone is so more often, but then little is lost with it.
+
+    Returns:
+        The place of the first value after the change; 0 if there is none with at least 4 values from
+        it on, and 16 in all.
+
+    Example:
+        >>> changed_at([1.0, 1.1] * 6 + [2.0, 2.2] * 2), changed_at([1.0, 2.0] * 8)
+        (12, 0)
+    """
+    if len(values) < _TOTAL:
+        return 0
+    least, most = list(itertools.accumulate(values, min)), list(itertools.accumulate(values, max))
+    least_after, most_after = math.inf, -math.inf
+    for place in range(len(values) - 1, 0, -1):
+        least_after, most_after = min(least_after, values[place]), max(most_after, values[place])
+        apart = least_after > most[place - 1] or most_after < least[place - 1]
+        if apart and len(values) - place >= _AFTER:
+            return place
+    return 0
 
 
 def _begin(worker: _Begun, arrival: ArrivalRecord, record: StepRecord, at_s: float) -> None:
