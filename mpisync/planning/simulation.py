@@ -128,6 +128,9 @@ class _Root:
         self.steps = steps if policy.steps is None else min(steps, policy.steps)
         self.network = Network(costs, workers)
         self.now_s = 0.0
+        self.event_s = -1.0  # when the last event was
+        self.is_tie = False  # whether others are at the same time
+        self.tied: set[int] = set()  # workers whose gradients came at the same time as others
         self.free_s = 0.0  # when the root has done what it does
         self.idle_s = 0.0  # until when it last had nothing to do
         self.is_closing = False
@@ -171,7 +174,10 @@ class _Root:
                 return self.close()
         if not self.events:
             raise Deadlock(f"step {self.step.step} of {self.policy} cannot close: {self.step}")
-        self.now_s, _, _, action, arguments = heapq.heappop(self.events)
+        before_s = self.event_s
+        self.event_s, _, _, action, arguments = heapq.heappop(self.events)
+        self.is_tie = self.event_s == before_s or bool(self.events and self.events[0][0] == self.event_s)
+        self.now_s = self.event_s
         return action(*arguments)
 
     # -- workers -----------------------------------------------------------------------------------
@@ -196,6 +202,8 @@ class _Root:
         """A header has come to the root."""
         if arrival.worker not in self.step.alive:
             return
+        if self.is_tie:
+            self.tied.add(arrival.worker)
         if self.is_closing or self.inbox or self.free_s > self.now_s:
             self.inbox.append(arrival)
         else:
@@ -253,6 +261,8 @@ class _Root:
     def answer(self, arrival: Arrival, verdict: Verdict, newest: int) -> None:
         """Give a verdict, and let the worker go on."""
         worker, step = arrival.worker, self.step
+        is_tie = worker in self.tied
+        self.tied.discard(worker)
         self.counts[verdict] += 1
         self.answered.append(
             ArrivalRecord(
@@ -262,6 +272,7 @@ class _Root:
                 verdict,
                 offset_s=arrival.at_s - step.opened_s,
                 late_by=step.step - arrival.version if verdict == "late" else 0,
+                tie=is_tie and verdict == "accepted",
                 compute_s=self.computing[worker][0],
                 samples=1,
                 loss=None if self.learner is None else self.learner.errors[arrival.version],
