@@ -228,6 +228,12 @@ def test_a_row_of_times_is_that_of_the_version_or_of_the_number():
     assert closings(played(Async(1), np.array([[1.0, 1.5], [4.0, 4.0]]), steps=3)) == [1.0, 1.5, 5.0]
 
 
+def test_many_gradients_may_wait_for_one():
+    recorded = played(BackupWorkers(0), np.arange(600.0)[None, ::-1].copy())
+    (record,) = played(Replay(recorded), np.arange(600.0)[None])
+    assert [worker for worker, *_ in record.accepted] == list(range(599, -1, -1))
+
+
 def test_a_death_shrinks_n_and_the_last_ends_it():
     records = simulate(BackupWorkers(0), alike(3), steps=9, deaths={0: 2.5, 1: 4.5, 2: 6.5})
     assert [(record.alive, record.target) for record in itertools.islice(records, 6)] == [

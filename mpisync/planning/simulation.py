@@ -223,15 +223,24 @@ class _Root:
         self.idle_s = self.now_s
         self.now_s += self.costs.header_s
         self.free_s = self.now_s
-        self.take(arrival)
+        self.settle(arrival)
+
+    def settle(self, arrival: Arrival) -> None:
+        """Judge a gradient, and what may count now that it does."""
+        if self.take(arrival):
+            self.look_again()
         self.ask()
 
-    def take(self, arrival: Arrival) -> None:
-        """Judge a gradient, and close the step if that completes it."""
+    def take(self, arrival: Arrival) -> bool:
+        """Judge a gradient, and close the step if that completes it.
+
+        Returns:
+            Whether it was accepted and the step is still open: what is held is to be judged again.
+        """
         decision, step = self.policy.judge(arrival, self.step), self.step
         if decision is Decision.ACCEPT and not self.network.is_whole(arrival):
             self.network.queue.append(arrival)
-            return
+            return False
         if decision is Decision.LATE:
             self.answer(arrival, "late", step.step)
         elif decision is Decision.HOLD:
@@ -247,8 +256,7 @@ class _Root:
             self.answer(arrival, "accepted", step.step + at_next)
         if closes:
             self.close()
-        elif decision is Decision.ACCEPT:
-            self.look_again()
+        return decision is Decision.ACCEPT and not closes
 
     def accept(self, arrival: Arrival) -> None:
         """Count a whole gradient."""
@@ -282,14 +290,18 @@ class _Root:
         self.resume(worker, arrival.sequence + 1, newest, self.now_s)
 
     def look_again(self) -> None:
-        """Judge what is held until nothing more changes."""
-        for arrival in list(self.step.held):
-            if self.is_closing:
-                return
-            if self.policy.judge(arrival, self.step) is not Decision.HOLD:
-                self.step.held.remove(arrival)
-                self.take(arrival)
-                return self.look_again()
+        """Judge what is held, from the first again after each acceptance."""
+        held = self.step.held
+        again = True
+        while again and not self.is_closing:
+            again = False
+            for arrival in list(held):
+                if self.policy.judge(arrival, self.step) is Decision.HOLD:
+                    continue
+                held.remove(arrival)
+                again = self.take(arrival)
+                if again or self.is_closing:
+                    break
 
     def ask(self) -> None:
         """Ask for as many payloads as the step still lacks, first come first."""
@@ -308,8 +320,7 @@ class _Root:
         if not self.is_closing:  # else it is judged when the next step opens
             self.network.wanted.pop(arrival.worker)
             self.idle_s = self.now_s = max(self.now_s, self.free_s)
-            self.take(replace(arrival, at_s=self.now_s))
-            self.ask()
+            self.settle(replace(arrival, at_s=self.now_s))
 
     # -- closing, opening --------------------------------------------------------------------------
 
@@ -373,7 +384,8 @@ class _Root:
             if self.is_closing:
                 self.network.keep(arrival)
             elif arrival.worker not in self.network.wanted:
-                self.take(arrival)
+                if self.take(arrival):
+                    self.look_again()
             elif self.policy.judge(arrival, self.step) is Decision.LATE:
                 self.network.wanted.pop(arrival.worker)
                 self.answer(arrival, "late", number)
