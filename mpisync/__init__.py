@@ -12,6 +12,7 @@ from mpisync import ending
 if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
     from mpisync.aggregation.steps import PeerFailed as PeerFailed
     from mpisync.aggregation.verdict import Verdict as Verdict
+    from mpisync.policies import Adaptive as Adaptive
     from mpisync.policies import Async as Async
     from mpisync.policies import BackupWorkers as BackupWorkers
     from mpisync.policies import Deadline as Deadline
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 ending.install()
 
 _HOMES: dict[str, str] = {
+    "Adaptive": "mpisync.policies",
     "Async": "mpisync.policies",
     "BackupWorkers": "mpisync.policies",
     "Deadline": "mpisync.policies",

@@ -9,8 +9,9 @@ import pytest
 from playing import cycling, play
 
 from mpisync.planning.observed import observe, read_times
-from mpisync.planning.rollout import backup_step_times, deadline_step_times
+from mpisync.planning.rollout import deadline_step_times
 from mpisync.planning.runs import times_of_run
+from mpisync.planning.scale import backup_step_times
 from mpisync.policies import ArrivalRecord, Async, BackupWorkers, Deadline, RecordWriter, RunHeader, StepRecord
 
 

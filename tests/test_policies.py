@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from playing import cycling, opened, play, recorded, steady
 
 from mpisync.policies import (
+    Adaptive,
     Arrival,
     Async,
     BackupWorkers,
@@ -179,6 +180,9 @@ POLICIES = [
     BackupWorkers(2),
     Deadline(2.5),
     Deadline(0.5, at_least=3, grace=1.0),
+    Deadline(3.0, at_least=2, mads=1.0),
+    Adaptive(),
+    Adaptive(at_least=1, at_most=3, noise_scale=2.5),
     Async(1),
     Async(3),
     Async(6, max_staleness=2),
@@ -217,6 +221,35 @@ def test_contract(policy, table):
         }
         if not isinstance(policy, Replay):  # there a worker may be behind its record
             assert all(one.late_by > 0 for one in step.arrivals if one.verdict == "late")
+
+
+class Fickle(BackupWorkers):
+    """Breaks what a policy owes its root, in one way."""
+
+    how = ""
+    asked = 0
+
+    def judge(self, arrival, step):
+        decision = super().judge(arrival, step)
+        if self.how == "remembers":
+            type(self).asked += 1
+            return ACCEPT if self.asked % 2 else HOLD
+        if self.how == "writes":
+            step.held.append(arrival)
+        return HOLD if self.how == "forgives" and step.step > arrival.version + 1 else decision
+
+    def wakes_at(self, step):
+        return step.opened_s + 0.5 if self.how == "sleeps on" else math.inf
+
+    def after(self, record):
+        return BackupWorkers(record.step % 2) if self.how == "changes its form" else self
+
+
+@pytest.mark.parametrize("how", ["remembers", "writes", "forgives", "sleeps on", "changes its form"])
+def test_the_player_sees_what_a_policy_must_not_do(how):
+    kind = type("Fickle", (Fickle,), {"how": how})
+    with pytest.raises(AssertionError):
+        play(kind(1), steady(1.0, 1.0, 1.5), workers=3, steps=12)
 
 
 def test_the_records_replayed_here_have_what_they_are_for():
@@ -371,7 +404,7 @@ def test_a_dead_workers_gradient_keeps_its_place_in_a_deadlines_quorum():
     assert not Deadline(2.0, at_least=3).closes(step, now_s=99.0)
 
 
-MODULES = "base backup deadline asynchronous replay records files forms".split()
+MODULES = "base backup deadline durations adaptive asynchronous replay records files forms".split()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -47,6 +47,7 @@ FULL = StepRecord(
     updated=False,
     counts={"accepted": 10, "late": 2, "rejected": 1},
     norms=(2.5, 1.25),
+    why="N=2 instead of 3",
 )
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from playing import Deadlock, cycling, opened, play, recorded, steady
 
 from mpisync.policies import (
+    Adaptive,
     Arrival,
     ArrivalRecord,
     Async,
@@ -34,6 +35,8 @@ recordable = st.one_of(
     st.builds(Async, st.integers(1, 6), st.sampled_from([None, 1, 2, 5])),
     st.builds(Async, st.integers(1, WORKERS), st.just(0)),
     st.builds(Deadline, st.integers(1, 9), st.integers(1, WORKERS), st.integers(0, 3)),
+    st.builds(Deadline, st.integers(1, 9), mads=st.integers(0, 5)),
+    st.builds(Adaptive, st.integers(1, WORKERS), noise_scale=st.sampled_from([None, 0.0, 3.0])),
 )
 poisoned = st.sets(st.tuples(st.integers(0, WORKERS - 1), st.integers(0, 8)), max_size=6)
 
@@ -44,7 +47,7 @@ poisoned = st.sets(st.tuples(st.integers(0, WORKERS - 1), st.integers(0, 8)), ma
     first=delays,
     second=delays,
     rejected=poisoned,
-    steps=st.integers(1, 12),
+    steps=st.integers(1, 20),
     eager=st.booleans(),
     bare=st.booleans(),
 )

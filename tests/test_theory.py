@@ -10,7 +10,8 @@ from mpisync.planning import bounds, theory
 from mpisync.planning.choices import candidates, choices, needed_steps
 from mpisync.planning.efficiency import Efficiency, fit_iterations, iterations_to_loss, noise_from_steps
 from mpisync.planning.laws import Exponential, Lognormal, Pareto, ShiftedExponential, Weibull
-from mpisync.planning.rollout import backup_step_times, deadline_step_times
+from mpisync.planning.rollout import deadline_step_times
+from mpisync.planning.scale import backup_step_times
 from mpisync.policies import ArrivalRecord, StepRecord
 
 CASES = [(1, 2), (3, 4), (4, 4), (9, 10), (25, 30)]

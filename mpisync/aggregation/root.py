@@ -78,6 +78,7 @@ class Root:
         for member in self.members:
             member.since_s = clock()
         policy.check(len(self.members))
+        norms = norms or policy.wants_norms
         self.ledger = Ledger(layout.size_bytes)
         in_pieces = any(link.in_pieces for link in links)
         blocks = layout.blocks if in_pieces else layout.wholes
@@ -437,6 +438,7 @@ class Root:
         for link in self.links:
             link.flush()
         record = self._recorded(closed, sums, updated_s)
+        self.policy = self.policy.after(record)
         self._open(self._step.held)
         return record
 
@@ -460,6 +462,7 @@ class Root:
             updated=sums.finite,
             counts=dict(ledger.counts),
             norms=(sums.gradient_squares, sums.sum_squares) if self._norms else None,
+            why=self.policy.why,
         )
 
     def _open(self, held: list[Arrival]) -> None:

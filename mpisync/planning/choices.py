@@ -11,7 +11,8 @@ import numpy as np
 from mpisync.planning.efficiency import Efficiency
 from mpisync.planning.empirical import block_steps
 from mpisync.planning.laws import Seconds
-from mpisync.planning.rollout import backup_step_times, deadline_step_times
+from mpisync.planning.rollout import deadline_step_times
+from mpisync.planning.scale import backup_step_times
 
 __all__ = ["Choice", "Choices", "DeadlineChoice", "best_deadline", "candidates", "choices", "needed_steps"]
 

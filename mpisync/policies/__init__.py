@@ -1,5 +1,6 @@
 """When a step closes and which gradients count: one set of rules for runs, replays and tests."""
 
+from mpisync.policies.adaptive import Adaptive
 from mpisync.policies.asynchronous import Async
 from mpisync.policies.backup import BackupWorkers
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
@@ -10,6 +11,7 @@ from mpisync.policies.records import ArrivalRecord, RunHeader, StepRecord
 from mpisync.policies.replay import Replay
 
 __all__ = [
+    "Adaptive",
     "Arrival",
     "ArrivalRecord",
     "Async",

@@ -9,8 +9,44 @@ from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, whole_num
 __all__ = ["BackupWorkers"]
 
 
+class FirstN(Policy):
+    """A step takes the first N gradients computed at its version, one of each worker.
+
+    Those who follow say by `target` how many that is.
+
+    Example:
+        >>> isinstance(BackupWorkers(1), FirstN)
+        True
+    """
+
+    @property
+    def staleness(self) -> int:
+        """0: what was computed at older parameters never counts."""
+        return 0
+
+    def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
+        """Accept the first N of this version, one of each worker."""
+        if arrival.version < step.step:
+            return Decision.LATE
+        if (
+            arrival.version > step.step
+            or len(step.accepted) >= self.target(step)
+            or step.has(arrival.worker)
+        ):
+            return Decision.HOLD
+        return Decision.ACCEPT
+
+    def closes(self, step: OpenStep, now_s: float) -> bool:
+        """Close at the N-th."""
+        return 0 < len(step.accepted) >= self.target(step)
+
+    def lacks(self, step: OpenStep) -> int:
+        """N less what is in."""
+        return max(1, self.target(step) - len(step.accepted))
+
+
 @dataclass(frozen=True)
-class BackupWorkers(Policy):
+class BackupWorkers(FirstN):
     """Close each step at the N-th gradient; the `backup` slowest workers are not waited for.
 
     Invariant: every update is the mean of exactly N gradients from N distinct workers, all computed
@@ -41,11 +77,6 @@ class BackupWorkers(Policy):
         backup = whole_number("backup", self.backup, 0, "use 0 to wait for every worker")
         object.__setattr__(self, "backup", backup)
 
-    @property
-    def staleness(self) -> int:
-        """0: what was computed at older parameters never counts."""
-        return 0
-
     def check(self, workers: int) -> None:
         """Refuse as many backup workers as there are workers, or more."""
         if self.backup >= workers:
@@ -58,26 +89,6 @@ class BackupWorkers(Policy):
     def target(self, step: OpenStep) -> int:
         """N: workers − backup, or as many as can still be had."""
         return min(step.workers - self.backup, step.reachable)
-
-    def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
-        """Accept the first N of this version, one of each worker."""
-        if arrival.version < step.step:
-            return Decision.LATE
-        if (
-            arrival.version > step.step
-            or len(step.accepted) >= self.target(step)
-            or step.has(arrival.worker)
-        ):
-            return Decision.HOLD
-        return Decision.ACCEPT
-
-    def closes(self, step: OpenStep, now_s: float) -> bool:
-        """Close at the N-th."""
-        return 0 < len(step.accepted) >= self.target(step)
-
-    def lacks(self, step: OpenStep) -> int:
-        """N less what is in."""
-        return max(1, self.target(step) - len(step.accepted))
 
     def __str__(self) -> str:
         """Return for example `backup:1`."""

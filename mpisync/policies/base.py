@@ -1,7 +1,7 @@
 """What a policy is: the rules by which a step accepts gradients and closes.
 
 A policy is a pure function of what it is shown: no clock, no MPI, no arrays. Whoever owns the open
-step (the root aggregator, a simulator, a test) plays it by four rules:
+step (the root aggregator, a simulator, a test) plays it by five rules:
 
 1. Every arrival is judged (`Policy.judge`): when its header comes, to learn whether its payload is
    worth asking for, and again when it is whole, with the time of that as `Arrival.at_s`.
@@ -11,6 +11,8 @@ step (the root aggregator, a simulator, a test) plays it by four rules:
    and at `Policy.wakes_at`.
 4. A worker whose gradient got its verdict begins its next one at the version that
    `Policy.resumes_at` names, and not before that version is published.
+5. When a step's version is published the policy of the next step is `Policy.after` of its record,
+   which has the norms if the policy `wants_norms`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ import math
 import operator
 from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpisync.policies.records import StepRecord
 
 __all__ = ["Arrival", "Decision", "OpenStep", "Policy"]
 
@@ -175,6 +181,20 @@ class Policy(abc.ABC):
         """
         return newest
 
+    @property
+    def wants_norms(self) -> bool:
+        """Whether it reads `StepRecord.norms`, which cost the root a little."""
+        return False
+
+    @property
+    def why(self) -> str | None:
+        """Why the step is played as it is, for its record; None where nothing was decided."""
+        return None
+
+    def after(self, record: StepRecord) -> Policy:
+        """Return the policy of the next step, given the record of the one that was closed."""
+        return self
+
     @abc.abstractmethod
     def __str__(self) -> str:
         """Return the command-line form, which `parse_policy` reads."""
@@ -189,3 +209,8 @@ def whole_number(name: str, value: int, minimum: int, advice: str) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, not {number}: {advice}")
     return number
+
+
+def number_text(value: float) -> str:
+    """Return a number as a policy's form has it: `2` and not `2.0`."""
+    return repr(value).removesuffix(".0")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field, replace
 
-from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, whole_number
+from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, number_text, whole_number
+from mpisync.policies.durations import Turnarounds
+from mpisync.policies.records import StepRecord
 
 __all__ = ["Deadline"]
+
+_WINDOW = 16  # steps whose arrivals set a limit
+_PERIOD = 4  # steps from one limit to the next
+_LEAST_MAD = 0.01  # of the median: workers alike to the microsecond are all in time
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,12 @@ class Deadline(Policy):
 
     A step that has fewer than `at_least` gradients when its time is up waits for them, and then
     `grace` seconds more for those close behind.
+
+    With `mads` the limit follows the workers: it is the median of what they took in the last steps,
+    late ones too, plus so many times the median absolute deviation from it (1 % of the median at
+    least). `seconds` then is the limit of the first steps only. Half of the workers may straggle
+    without any effect on it, and when all become slower it grows within a few steps, for late
+    gradients tell their time too. `StepRecord.why` tells each new limit.
 
     Invariant: every update is the mean of all gradients that were whole in time, from distinct
     workers, all computed at the very parameters being updated; at least `at_least` of them, or all
@@ -28,6 +41,7 @@ class Deadline(Policy):
         seconds: How long a step stays open, from its opening.
         at_least: How many gradients it needs all the same.
         grace: For how many seconds it stays open once it has those.
+        mads: How many median absolute deviations above the median the limit is; None for `seconds`.
 
     Example:
         >>> policy = Deadline(0.5, at_least=2, grace=0.1)
@@ -43,6 +57,11 @@ class Deadline(Policy):
     seconds: float
     at_least: int = 1
     grace: float = 0.0
+    mads: float | None = None
+    _limit_s: float | None = field(default=None, repr=False)
+    _why: str | None = field(default=None, repr=False)
+    _workers: int = field(default=0, repr=False)
+    _recent: tuple[StepRecord, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense with any number of workers."""
@@ -56,6 +75,13 @@ class Deadline(Policy):
                 f"grace must be finite and not negative, not {self.grace!r}: "
                 "use 0 to close at once when enough are in"
             )
+        if self.mads is not None:
+            if not 0 <= self.mads < math.inf:
+                raise ValueError(
+                    f"mads must be finite and not negative, not {self.mads!r}: "
+                    "leave it out to keep the limit at `seconds`"
+                )
+            object.__setattr__(self, "mads", float(self.mads))
         at_least = whole_number("at_least", self.at_least, 1, "an update needs a gradient")
         object.__setattr__(self, "seconds", float(self.seconds))
         object.__setattr__(self, "grace", float(self.grace))
@@ -104,17 +130,44 @@ class Deadline(Policy):
         if len(step.accepted) < self.at_least:
             return math.inf  # if deaths made these too many, it closes when nobody is missing
         enough_s = step.accepted[self.at_least - 1].at_s
-        return max(step.opened_s + self.seconds, enough_s + self.grace)
+        limit_s = self.seconds if self._limit_s is None else self._limit_s
+        return max(step.opened_s + limit_s, enough_s + self.grace)
+
+    @property
+    def why(self) -> str | None:
+        """Where a new limit comes from; None where it goes on."""
+        return self._why
+
+    def after(self, record: StepRecord) -> Deadline:
+        """Take note of a step; every few of them, set the limit anew."""
+        if self.mads is None:
+            return self
+        seen = max((arrival.worker + 1 for arrival in record.arrivals), default=0)
+        known = replace(
+            self,
+            _workers=max(self._workers, record.alive, seen),
+            _recent=(*self._recent, record)[-_WINDOW:],
+            _why=None,
+        )
+        return known._limited(self.mads) if (record.step + 1) % _PERIOD == 0 else known
+
+    def _limited(self, mads: float) -> Deadline:
+        took_s = list(Turnarounds(self._recent, self._workers))
+        if not took_s:
+            return self
+        median_s = statistics.median(took_s)
+        mad_s = statistics.median(abs(s - median_s) for s in took_s)
+        limit_s = median_s + mads * max(mad_s, _LEAST_MAD * median_s)
+        why = f"limit {limit_s:.3g} s: median {median_s:.3g} s, median deviation {mad_s:.3g} s"
+        return replace(self, _limit_s=limit_s, _why=why)
 
     def __str__(self) -> str:
         """Return for example `deadline:0.5,at_least=3,grace=0.1`."""
-        text = f"deadline:{_number(self.seconds)}"
+        text = f"deadline:{number_text(self.seconds)}"
         if self.at_least != 1:
             text += f",at_least={self.at_least}"
         if self.grace:
-            text += f",grace={_number(self.grace)}"
+            text += f",grace={number_text(self.grace)}"
+        if self.mads is not None:
+            text += f",mads={number_text(self.mads)}"
         return text
-
-
-def _number(value: float) -> str:
-    return repr(value).removesuffix(".0")

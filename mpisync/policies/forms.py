@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mpisync.policies.adaptive import Adaptive
 from mpisync.policies.asynchronous import Async
 from mpisync.policies.backup import BackupWorkers
 from mpisync.policies.base import Policy
@@ -15,11 +16,13 @@ __all__ = ["parse_policy"]
 
 _FORMS: dict[str, tuple[Callable[..., Policy], dict[str, Callable[[str], Any]]]] = {
     "backup": (BackupWorkers, {"backup": int}),
-    "deadline": (Deadline, {"seconds": float, "at_least": int, "grace": float}),
+    "deadline": (Deadline, {"seconds": float, "at_least": int, "grace": float, "mads": float}),
     "async": (Async, {"k": int, "max_staleness": int}),
+    "adaptive": (Adaptive, {"at_least": int, "at_most": int, "noise_scale": float}),
 }
 _USAGE = (
-    "backup:B, deadline:SECONDS,at_least=N,grace=SECONDS, async:k=K,max_staleness=S, replay:PATH"
+    "backup:B, deadline:SECONDS,at_least=N,grace=SECONDS,mads=M, async:k=K,max_staleness=S, "
+    "adaptive:at_least=N,at_most=N,noise_scale=NC, replay:PATH"
 )
 
 
@@ -38,7 +41,7 @@ def parse_policy(text: str) -> Policy:
 
     Example:
         >>> parse_policy("deadline:0.5,at_least=3")
-        Deadline(seconds=0.5, at_least=3, grace=0.0)
+        Deadline(seconds=0.5, at_least=3, grace=0.0, mads=None)
         >>> str(parse_policy("async"))
         'async:k=1'
     """

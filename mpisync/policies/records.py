@@ -104,6 +104,7 @@ class StepRecord:
         counts: Gradients since the start of the run, by verdict.
         norms: The sum of the squared norms of the accepted gradients, and the squared norm of their
             mean; None where they were not wanted.
+        why: Why the policy wanted what it did; None where it decides nothing from step to step.
 
     Example:
         >>> step = StepRecord(
@@ -129,6 +130,7 @@ class StepRecord:
     updated: bool = True
     counts: dict[str, int] = field(default_factory=dict)
     norms: tuple[float, float] | None = None
+    why: str | None = None
 
 
 class StepChecker:
