@@ -76,8 +76,8 @@ def test_by_script_whoever_came_last_is_dropped(pieces, period_s):
 STEPS = 200
 FEWEST = 150  # of them in which all must have computed
 # Five standard errors of a share of 1/5. Drops and lasts are nearly the same steps; holding the difference of their
-# shares to five sigma of two independent ones leaves room for stamps that are not quite the arrivals. A loop that polled
-# in rank order was 0.49 off.
+# shares to five sigma of two independent ones leaves room for stamps that are not quite the arrivals. A loop that
+# polled in rank order was 0.49 off.
 SHARE_5_SIGMA = 5 * math.sqrt(0.2 * 0.8 / FEWEST)
 DIFFERENCE_5_SIGMA = math.sqrt(2) * SHARE_5_SIGMA
 
