@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from launch import environment, launcher
 
 SESSION = """
@@ -32,9 +33,10 @@ def python(code, env):
     )
 
 
-def test_a_session_says_so_and_names_the_launcher_that_fits():
+@pytest.mark.parametrize("code", [SESSION, ARRAYS], ids=["Session", "PartialReduce"])
+def test_it_is_said_and_the_launcher_that_fits_is_named(code):
     env, name = OTHERS[launcher()[1].family]
-    run = python(SESSION, env)
+    run = python(code, env)
     assert run.returncode != 0 and "trains alone" not in run.stdout
     error = run.stderr.splitlines()[-1]
     assert error.startswith(f"RuntimeError: {name}") and "started 5 ranks, but this one is rank 0 of 1" in error
