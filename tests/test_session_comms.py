@@ -1,7 +1,7 @@
 """Sessions on parts of a communicator, beside each other and one after another."""
 
 import pytest
-from test_session import flat, new_model, sgd, train
+from training import flat, new_model, sgd, train
 
 import mpisync
 

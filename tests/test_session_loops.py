@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_session import DATA, WORKERS, fails_everywhere, flat, loader, new_model, on_all, sgd, train
 from test_session_updates import ALL, ROOT, Counter
 from torch.utils.data import DataLoader
+from training import DATA, WORKERS, fails_everywhere, flat, loader, new_model, on_all, sgd, train
 
 import mpisync
 

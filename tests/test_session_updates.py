@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_session import DATA, WORKERS, flat, loader, new_model, on_all, sgd, train
 from torch import nn
+from training import DATA, WORKERS, flat, loader, new_model, on_all, sgd, train
 
 import mpisync
 
@@ -219,7 +219,7 @@ class Halves:
 
 
 @pytest.mark.parallel(WORKERS + 1)
-@pytest.mark.parametrize(("transport", "own_copy"), [("shared", False), ("shared", True), ("messages", True)])
+@pytest.mark.parametrize(("transport", "own_copy"), [(t, own) for t in ("shared", "messages") for own in (0, 1)])
 def test_a_late_step_leaves_no_trace_in_buffers(comm, monkeypatch, tmp_path, transport, own_copy):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     counter = Counter(comm, tmp_path)

@@ -61,7 +61,7 @@ class Worker:
         Raises:
             PeerFailed: Another rank failed.
         """
-        if self._resume is None:
+        if self._resume is None or (self.link.newest() >= self._resume and self.link.must_ask()):
             self._resume = self._ask(Kind.READY).resume
         version = self._wait(self._newest_or_end, "the parameters")
         if self.ended is not None:

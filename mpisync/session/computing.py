@@ -147,7 +147,8 @@ class Computing:
                 self._worker.read(self._memory)
             # a late step leaves no trace: these are the published ones, whatever ours have become
             self._flat.buffers.load(self._published_buffers)
-            if not running or self._reads or not self._worker.link.is_behind(self._worker.version):
+            in_place = self._worker.link.shares_parameters and not self._reads
+            if not running or not in_place or not self._worker.link.is_behind(self._worker.version):
                 self._follow()
                 return running
 

@@ -181,7 +181,8 @@ class WorkerLink(abc.ABC):
     layout: Layout  # of the gradient
     published: Layout  # of the parameters
     gradient: np.ndarray  # uint8, this worker's to fill between a reply and the next `send`
-    parameters: np.ndarray  # uint8, the newest parameters where `shares_parameters`
+    parameters: np.ndarray  # uint8, the newest parameters
+    shares_parameters: bool  # whether the root writes there while this worker computes
 
     @abc.abstractmethod
     def send(self, header: Header) -> None:
@@ -198,6 +199,10 @@ class WorkerLink(abc.ABC):
     @abc.abstractmethod
     def is_behind(self, version: int) -> bool:
         """Whether `version` is known to be superseded; costs one memory read where it can."""
+
+    @abc.abstractmethod
+    def must_ask(self) -> bool:
+        """Whether there is a newer version that comes only to a worker that asks for it."""
 
     @abc.abstractmethod
     def read(self, target: np.ndarray) -> int:

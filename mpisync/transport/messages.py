@@ -313,6 +313,8 @@ class MessageRootLink(RootLink):
 class MessageWorkerLink(WorkerLink):
     """A worker's side, wherever it runs."""
 
+    shares_parameters = False
+
     def __init__(
         self, comm: MPI.Intracomm, root: int, incarnation: int, layout: Layout, published: Layout
     ) -> None:
@@ -397,6 +399,11 @@ class MessageWorkerLink(WorkerLink):
         """Whether the root has said that there is a newer one."""
         self._poll()
         return self._end is not None or self._rumoured > version
+
+    def must_ask(self) -> bool:
+        """Whether the root has said that there is a newer one than it has sent."""
+        self._poll()
+        return self._rumoured > max(self._newest, self._coming)
 
     def read(self, target: np.ndarray) -> int:
         """Copy what was received."""

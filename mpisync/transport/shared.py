@@ -219,6 +219,8 @@ class SharedRootLink(RootLink):
 class SharedWorkerLink(WorkerLink):
     """A worker's side, on the root's node."""
 
+    shares_parameters = True
+
     def __init__(
         self,
         comm: MPI.Intracomm,
@@ -281,6 +283,10 @@ class SharedWorkerLink(WorkerLink):
         if self._board.buffers == 1:
             return load_acquire(self._board.words, _SEQUENCES) != 2 * version
         return load_acquire(self._board.words, _NEWEST) > version
+
+    def must_ask(self) -> bool:
+        """The board is open to all."""
+        return False
 
     def read(self, target: np.ndarray) -> int:
         """Copy the newest parameters, then make sure that they were not overwritten meanwhile."""
