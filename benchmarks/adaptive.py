@@ -245,7 +245,8 @@ def main() -> None:
         trainings[regime] = trained(regime, runs)
         print(f"{regime}, seconds to the target: {trainings[regime]}", flush=True)
     worst = min(each["adaptive_of_best"] for each in given)
-    result = {"benchmark": "adaptive", "settings": vars(asked) | {"steps": steps, "seeds": len(seeds), "runs": len(runs)}}
+    settings = vars(asked) | {"steps": steps, "seeds": len(seeds), "runs": len(runs)}
+    result = {"benchmark": "adaptive", "settings": settings}
     line = json.dumps({**result, "worst_of_best": worst, "given": given, "training_s": trainings})
     if asked.out:
         with open(asked.out, "a") as file:
