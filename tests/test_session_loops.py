@@ -89,8 +89,9 @@ def test_whoever_is_late_can_know_it_and_see_the_newest_parameters_whole(comm, t
             version = session.version
             counter.wait_for_more_than(version)
             twins = session.snapshot(), new_model(norm=True)
-            twins[1].load_state_dict(session.state_dict()["model"])
-            seen.append((version, session.stale(), flat(model), *map(flat, twins)))
+            state = session.state_dict()
+            twins[1].load_state_dict(state["model"])
+            seen.append((version, session.stale(), state["version"], flat(model), *map(flat, twins)))
             assert session.version == version, "it goes on computing on what it had"
             if len(seen) == 3:
                 session.stop()
@@ -100,10 +101,10 @@ def test_whoever_is_late_can_know_it_and_see_the_newest_parameters_whole(comm, t
         comm, model, sgd(model), steps=None, policy=policy, body=look, on_step=publish, own_copy=True
     )
     published = [values.tobytes() for values in comm.bcast(published, root=ROOT)]
-    for version, stale, own, *twins in seen:
+    for version, stale, named, own, *twins in seen:
         assert stale and own.tobytes() == published[version]
         newest = [published.index(twin.tobytes()) for twin in twins]  # of one version, whole
-        assert version < newest[0] <= newest[1]
+        assert version < newest[0] <= newest[1] == named
     assert len(seen) == (3 if comm.rank == 0 else 0)
     assert not any(verdict.accepted for verdict in verdicts[:3]) or comm.rank != 0
 

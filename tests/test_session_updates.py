@@ -228,6 +228,8 @@ def test_a_late_step_leaves_no_trace_in_buffers(comm, monkeypatch, tmp_path, tra
 
     def publish(record):
         published.append(copied(session.snapshot().buffers()))
+        for one, expected in zip(model.buffers(), published[-1], strict=True):
+            assert np.array_equal(one.numpy(), np.asarray(expected)), "the root's model is the newest, buffers too"
         counter.count()
 
     with mpisync.Session(

@@ -79,11 +79,12 @@ class Worker:
         """Copy the newest parameters whole into `target`, as many bytes as it has."""
         self._wait(lambda: self._read(target), "the parameters")
 
-    def copy_newest(self, target: np.ndarray) -> None:
-        """Copy the newest parameters like `read`, and go on computing on what there was before."""
+    def copy_newest(self, target: np.ndarray) -> int:
+        """Copy the newest parameters like `read`, and go on computing on what there was before; their version."""
         version = self.version
         self.read(target)
-        self.version = version
+        newest, self.version = self.version, version
+        return newest
 
     def _read(self, target: np.ndarray) -> bool | None:
         version = self.link.read(target)

@@ -162,11 +162,12 @@ class Alone:
         """End the loop."""
         self._stopped = True
 
-    def fill(self, twin: FlatModel, *, average: bool) -> None:
-        """Write the parameters, or their average, into a copy of the model."""
+    def fill(self, twin: FlatModel, *, average: bool) -> int:
+        """Write the parameters, or their average, into a copy of the model; their version."""
         if average:
             for own, value in zip(twin.parameters, self._averages, strict=True):
                 own.data.copy_(value)
+        return self.version
 
     @property
     def averages(self) -> Averages | None:

@@ -173,12 +173,13 @@ class Computing:
         """Ask the root to end the training."""
         self._worker.stop()
 
-    def fill(self, twin: FlatModel, *, average: bool) -> None:
-        """Write the newest parameters and buffers, whole, into a copy of the model."""
+    def fill(self, twin: FlatModel, *, average: bool) -> int:
+        """Write the newest parameters and buffers, whole, into a copy of the model; their version."""
         memory = aligned_bytes(self._place.published.size_bytes)
-        self._worker.copy_newest(memory)
+        version = self._worker.copy_newest(memory)
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._place.published.extras(memory)))
+        return version
 
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""

@@ -50,13 +50,14 @@ class Ended:
     def stop(self) -> None:
         """It has ended."""
 
-    def fill(self, twin: FlatModel, *, average: bool) -> None:
-        """Write the averages into a copy of the model, which else is right as it is."""
+    def fill(self, twin: FlatModel, *, average: bool) -> int:
+        """Write the averages into a copy of the model, which else is right as it is; their version."""
         if average:
             if self.averages is None:
                 raise RuntimeError("there is no average: the session ended by an error")
             for own, (_, value) in zip(twin.parameters, self.averages, strict=True):
                 own.data.copy_(value)
+        return self.version
 
     def leave(self, error: BaseException | None) -> NoReturn:
         """It was left before."""

@@ -104,6 +104,7 @@ class Serving:
             self._update.apply()
         if self._extras.size:
             self._flat.buffers.average(self._extras, [extras[split:] for extras in closed.extras])
+            self._flat.buffers.load(self._buffers)  # for whoever looks at the model in on_step=
 
     def _warn_of_equals(self, closed: ClosedStep) -> None:
         seen: dict[int, int] = {}
@@ -130,11 +131,12 @@ class Serving:
         """End the training before another step closes."""
         self._root.stop()
 
-    def fill(self, twin: FlatModel, *, average: bool) -> None:
-        """Write the newest parameters and buffers into a copy of the model."""
+    def fill(self, twin: FlatModel, *, average: bool) -> int:
+        """Write the newest parameters and buffers into a copy of the model; their version."""
         memory = self._place.parameters
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._extras))
+        return self.version
 
     def leave(self, error: BaseException | None) -> None:
         """End the training everywhere."""

@@ -53,7 +53,7 @@ class Session:
         model: Has the same parameters on every rank; the root's initial values hold for all.
         optimizer: Any torch optimizer without a closure; only the root's is stepped.
         policy: When a step closes and which gradients count: `BackupWorkers(b)`, `Deadline`,
-            `Async`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
+            `Async`, `Adaptive`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
         scheduler: A learning-rate scheduler of `optimizer`, stepped once a version; one that goes by the
             loss (ReduceLROnPlateau) gets the mean loss of the accepted gradients.
         seed: What batches and random numbers follow from, with worker and sequence.
@@ -226,12 +226,15 @@ class Session:
         Args:
             average: Use the moving average of the parameters instead (needs ``ema=``).
         """
+        return self._copied(average=average)[0]
+
+    def _copied(self, *, average: bool = False) -> tuple[nn.Module, int]:
+        """Return a private copy of the model, and the version of its parameters."""
         plain = getattr(self._model, "_orig_mod", self._model)
         if average and self._settings.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
         twin: nn.Module = copy.deepcopy(plain)
-        self._active.fill(FlatModel(twin), average=average)
-        return twin
+        return twin, self._active.fill(FlatModel(twin), average=average)
 
     def evaluate(
         self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False
@@ -251,8 +254,9 @@ class Session:
         return fn(self.snapshot(average=average))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the version and the model's state; on the root the optimizer's and scheduler's too."""
-        state = {"version": self.version, "model": self.snapshot().state_dict()}
+        """Return the newest version and the model's state; on the root the optimizer's and scheduler's too."""
+        twin, version = self._copied()
+        state: dict[str, Any] = {"version": version, "model": twin.state_dict()}
         if self._active.makes_updates:
             state["optimizer"] = self._optimizer.state_dict()
             if self._settings.scheduler is not None:
