@@ -80,7 +80,7 @@ def limited(command: Sequence[str], limit_s: float, *, own_session: bool = True)
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            problem = f"no end after {limit_s:.0f} s"
+            problem = f"no end after {limit_s:g} s"
         finally:
             _end(process, own_session)
         texts = []

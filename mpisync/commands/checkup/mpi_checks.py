@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -64,7 +65,7 @@ def launcher(case: Case) -> Iterator[Finding]:
             f"start jobs with `mpisync run`, which takes {own.path}; better, have one MPI only",
             must=True,
         )
-    elif other.path != own.path:
+    elif os.path.dirname(other.path) != os.path.dirname(own.path):
         yield Finding(
             "launcher",
             f"there are two that fit: {_launcher(own)} beside mpi4py's library, {_launcher(other)} on PATH",
