@@ -33,7 +33,7 @@ def memory(case: Case) -> Iterator[Finding]:
         return
     by_file = any(case.ranks[rank].start.sharing == "file" for rank in near) or root.start.sharing == "file"
     free_bytes = min(root.memory_bytes, root.shm_bytes) if by_file else root.memory_bytes
-    way = "files in /dev/shm" if by_file else "memfd"
+    way = f"works ({'by files in /dev/shm' if by_file else 'memfd'})"
     do = "docker run --shm-size=4g, or --pid=host" if by_file else "ask the scheduler for more memory (Slurm: --mem)"
     yield _room(case, len(near), free_bytes, way, do)
     if not by_file and root.shm_bytes < _SMALL_SHM_BYTES:
@@ -47,11 +47,11 @@ def _room(case: Case, workers: int, free_bytes: int, way: str, do: str) -> Findi
     if case.model_mb is None:
         count = workers or 4
         most = f"a model of up to {size(free_bytes / (count + _BUFFERS))} with {several(count, 'worker')}"
-        return Finding("shared memory", f"{way}, {size(free_bytes)} free: room for {most}")
+        return Finding("shared memory", f"{way}; {size(free_bytes)} free: room for {most}")
     model_bytes = case.model_mb * 1e6
     if case.alone:
         room = max(0, math.floor(free_bytes / model_bytes) - _BUFFERS)
-        says = f"{way}, {size(free_bytes)} free: room for {several(room, 'worker')} with a model of {size(model_bytes)}"
+        says = f"{way}; {size(free_bytes)} free: room for {several(room, 'worker')} with a model of {size(model_bytes)}"
         return Finding("shared memory", says, do if not room else "", must=not room)
     needed = model_bytes * (workers + _BUFFERS)
     what = f"{several(workers, 'worker')} and a model of {size(model_bytes)}"

@@ -46,13 +46,13 @@ def several(count: int, thing: str) -> str:
 
 
 def size(size_bytes: float) -> str:
-    """Write a number of bytes with three digits or so.
+    """Write a number of bytes with two digits or so.
 
-    >>> size(52.4e6), size(24.3e9), size(64)
-    ('52 MB', '24 GB', '0.0001 MB')
+    >>> size(52.4e6), size(24.3e9), size(9.96e6), size(4096)
+    ('52 MB', '24 GB', '10 MB', '4.1 kB')
     """
-    if size_bytes >= 1e10:
-        return f"{size_bytes / 1e9:.0f} GB"
-    if size_bytes >= 1e9:
-        return f"{size_bytes / 1e9:.1f} GB"
-    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e7 else f"{size_bytes / 1e6:.1g} MB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size_bytes >= unit / 10:
+            value = size_bytes / unit
+            return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"
+    return f"{size_bytes / 1e3:.2g} kB"
