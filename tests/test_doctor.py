@@ -1,8 +1,10 @@
 """`mpisync doctor`: each sentence from probes that deserve it, then the command as users type it."""
 
+import doctest
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from dataclasses import replace
 import pytest
 from launch import environment, launcher, run_script
 
-from mpisync.commands.checkup import children, probing
+from mpisync.commands.checkup import children, probing, wording
 from mpisync.commands.checkup.examine import examine
 from mpisync.commands.checkup.probes import Case, Finding, Probe, Start, Tools
 from mpisync.commands.doctor import as_document, as_lines
@@ -154,17 +156,18 @@ SENTENCES = {
     "no ULFM": (job(), "dead ranks", "ok", "ULFM is off", ""),
     "no ULFM to be had": (job(every={"library": OPENMPI4}), "dead ranks", "ok", "no ULFM in this MPI", ""),
     "room for a model": (
-        job(model_mb=400), "shared memory", "ok", "memfd: 2.0 GB for 3 workers and a model of 400 MB, 64 GB free", "",
+        job(model_mb=400), "shared memory", "ok",
+        "works (memfd): 3 workers and a model of 400 MB need 2 GB, 64 GB free", "",
     ),
     "no room for a model": (
-        job(model_mb=20e3), "shared memory", "fix", "100 GB for 3 workers and a model of 20 GB, 64 GB free", "--mem",
+        job(model_mb=20e3), "shared memory", "fix", "3 workers and a model of 20 GB need 100 GB, 64 GB free", "--mem",
     ),
     "no room, alone": (
         alone(model_mb=30e3), "shared memory", "fix", "room for 0 workers with a model of 30 GB", "--mem",
     ),
     "a container's small /dev/shm": (
         job(model_mb=100, every={"shm_bytes": 64 * 10**6, "start": {"sharing": "file"}}), "shared memory", "fix",
-        "files in /dev/shm: 500 MB for 3 workers and a model of 100 MB, 64 MB free", "--shm-size",
+        "works (by files in /dev/shm): 3 workers and a model of 100 MB need 500 MB, 64 MB free", "--shm-size",
     ),
     "a small /dev/shm that MPI alone uses": (
         job(every={"shm_bytes": 64 * 10**6}), "shared memory", "note", "/dev/shm has 64 MB free", "bus error",
@@ -289,6 +292,11 @@ def test_lines_are_aligned_and_wrapped_for_a_terminal_only():
     assert max(map(len, lines)) <= 60 and lines[2].startswith(" " * 16 + "bad")
 
 
+def test_examples_in_docstrings():
+    results = doctest.testmod(wording)
+    assert results.attempted and not results.failed
+
+
 def test_settings_are_read_as_a_run_would_read_them():
     wrong = {"MPISYNC_POLICI": "x", "MPISYNC_GRACE_S": "soon", "MPISYNC_POLICY": "first:3"}
     texts = probing.settings_problems(wrong)
@@ -346,6 +354,15 @@ def test_an_mpi_that_is_broken_is_a_finding(tmp_path, monkeypatch, code, problem
     assert told == [(GOOD, Start(problem=problem))]
 
 
+def test_a_rank_that_its_launcher_ends_still_speaks(tmp_path, monkeypatch):
+    (tmp_path / "mpi4py.py").write_text("import os, time; os.kill(os.getppid(), 15); time.sleep(1000)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    (told,) = children.start_rank(GOOD, {}, 60.0)
+    assert told == (GOOD, Start(problem="the launcher ended the job while it started"))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def doctor(*arguments, env=None):
     return subprocess.run(
         [sys.executable, "-m", "mpisync", "doctor", *arguments],
@@ -357,7 +374,8 @@ def test_alone_it_starts_a_trial_and_finds_this_machine_fit():
     run = doctor("--model-mb", "1")
     assert run.stderr == "" and run.returncode == 0, run.stdout + run.stderr
     assert "a trial of 2 ranks started MPI" in run.stdout and run.stdout.endswith("nothing must be done\n")
-    assert re.search(r"^ok +shared memory +memfd, .* room for \d+ workers with a model of 1 MB$", run.stdout, re.M)
+    shared = r"^ok +shared memory +works \(memfd\); .* room for \d+ workers with a model of 1 MB$"
+    assert re.search(shared, run.stdout, re.M), run.stdout
 
 
 def test_without_mpi_it_says_so_and_the_rest():

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,22 @@ class Ended:
     problem: str  # empty where all went well
 
 
+class _Terminated(BaseException):
+    """Raised by SIGTERM, which a launcher sends to all ranks when one of them fails, shortly before SIGKILL."""
+
+
+@contextlib.contextmanager
+def _telling_of_termination() -> Iterator[None]:
+    def raise_it(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def limited(command: Sequence[str], limit_s: float, *, own_session: bool = True) -> Ended:
     """Run a program to its end, or to the time limit's, whatever it does.
 
@@ -76,18 +92,22 @@ def limited(command: Sequence[str], limit_s: float, *, own_session: bool = True)
             )
         except OSError as error:
             return Ended("", "", f"{command[0]} cannot be started: {error.strerror}")
-        problem = ""
+        problem, code = "", 0
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             problem = f"no end after {limit_s:g} s"
+        except _Terminated:
+            problem = "the launcher ended the job while it started"
         finally:
             _end(process, own_session)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-        if not problem and code:
+        if problem and gist(texts[1]):
+            problem += f": {gist(texts[1])}"
+        elif code:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             problem = gist(texts[1]) or gist(texts[0]) or how
         return Ended(texts[0], texts[1], problem)
@@ -135,7 +155,8 @@ def start_rank(probe: Probe, addresses: dict[str, str], limit_s: float = 2 * LIM
     Where MPI does not start, this rank is all there is, and its Start has the problem.
     """
     command = _command({"probe": probe.to_json(), "addresses": addresses}, probe)
-    ended = limited(command, limit_s, own_session=False)
+    with _telling_of_termination():
+        ended = limited(command, limit_s, own_session=False)
     told = _told(ended)
     if ended.problem and not told:
         return [(probe, Start(problem=ended.problem))]

@@ -133,7 +133,7 @@ def _start_remedy(case: Case) -> str:
     by_srun = first.placed is not None and first.placed.launcher == "srun"
     if by_srun and first.library.family == "openmpi":
         return "srun's PMIx must fit Open MPI's: start with mpirun inside the allocation (`mpisync run` does)"
-    return "this must work before mpisync can: python -c 'from mpi4py import MPI'"
+    return "this must work before mpisync can: mpirun -n 2 python -c 'from mpi4py import MPI'"
 
 
 def _noise(noise: str) -> Finding:

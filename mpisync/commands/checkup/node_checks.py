@@ -12,7 +12,7 @@ from mpisync.commands.checkup.wording import by_value, ranks_named, several, siz
 _BUFFERS = 2  # published versions of the parameters, where late gradients count
 _SMALL_SHM_BYTES = 100e6  # containers give 64 MB
 # Networks of containers and virtual machines: other hosts have them too, under the same addresses.
-_LOCAL_NETWORKS = re.compile(r"(docker|br-|virbr|lxc|lxd|podman|cni|flannel|cali|veth|vmnet|vboxnet|ifb)")
+_LOCAL_NETWORKS = re.compile(r"(docker|br-|virbr|lxc|lxd|podman|cni|flannel|cali|veth|vmnet|vboxnet)")
 
 
 def memory(case: Case) -> Iterator[Finding]:
@@ -55,7 +55,7 @@ def _room(case: Case, workers: int, free_bytes: int, way: str, do: str) -> Findi
         return Finding("shared memory", says, do if not room else "", must=not room)
     needed = model_bytes * (workers + _BUFFERS)
     what = f"{several(workers, 'worker')} and a model of {size(model_bytes)}"
-    says = f"{way}: {size(needed)} for {what}, {size(free_bytes)} free"
+    says = f"{way}: {what} need {size(needed)}, {size(free_bytes)} free"
     return Finding("shared memory", says, do if needed > free_bytes else "", must=needed > free_bytes)
 
 

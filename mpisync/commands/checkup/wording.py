@@ -52,7 +52,7 @@ def size(size_bytes: float) -> str:
     ('52 MB', '24 GB', '10 MB', '4.1 kB')
     """
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size_bytes >= unit / 10:
+        if size_bytes >= unit:
             value = size_bytes / unit
             return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"
     return f"{size_bytes / 1e3:.2g} kB"
