@@ -25,7 +25,7 @@ MPICH = Library("mpich", (5, 0, 2), "MPICH Version:      5.0.2", "/venv/lib/libm
 MPIRUN = Launcher("openmpi", (5, 0, 11), "/venv/bin/mpirun")
 GOOD = Probe(
     host="node1", node="boot1", python="3.12.3", mpisync="0.1.0", environ={}, placed=None, cores=tuple(range(16)),
-    quota_cores=None, node_cores=16, memory_bytes=64 * 10**9, shm_bytes=32 * 10**9, start_method="fork",
+    quota_cores=None, node_cores=16, core_threads=1, memory_bytes=64 * 10**9, shm_bytes=32 * 10**9, start_method="fork",
     infiniband=False, gpu_files=0, interfaces=("lo", "eth0"), settings=(), library=OPENMPI, launcher=MPIRUN,
     on_path=MPIRUN, tools=Tools(numba="0.61", torch="2.6", cache="/home/me/.cache/mpisync", threads=16),
     start=Start(size=2, took_s=0.5, thread_level="multiple", sharing="memfd"),
@@ -178,6 +178,10 @@ SENTENCES = {
     ),
     "a pinned root": (
         job(root={"cores": (3,)}), "cores", "fix", "the root (rank 3) is bound to 1 core of 16", "--bind-to none",
+    ),
+    "a root pinned to a core of two hardware threads": (
+        job(root={"cores": (3, 11)}, every={"core_threads": 2}), "cores", "fix",
+        "the root (rank 3) is bound to 1 core of 8", "--cpu-bind=none",
     ),
     "ranks on one core": (
         job(every={"cores": (0,)}), "cores", "fix", "4 ranks on 1 of 16 cores: ranks take turns", "ask the scheduler",

@@ -72,11 +72,11 @@ def cores(case: Case) -> Iterator[Finding]:
         yield _own_cores(case.first)
         return
     root, binding = case.root, "mpirun --bind-to none, srun --cpu-bind=none; `mpisync run` does it"
-    if len(root.cores) == 1 < root.node_cores:
+    if len(root.cores) <= root.core_threads < root.node_cores:
         yield Finding(
             "cores",
-            f"the root ({ranks_named([len(case.ranks) - 1])}) is bound to 1 core of {root.node_cores}, and sums with "
-            "several threads",
+            f"the root ({ranks_named([len(case.ranks) - 1])}) is bound to 1 core of "
+            f"{root.node_cores // root.core_threads}, and sums with several threads",
             binding,
             must=True,
         )

@@ -51,6 +51,7 @@ class Probe:
     cores: tuple[int, ...]  # that this process may use
     quota_cores: float | None  # a container's limit
     node_cores: int
+    core_threads: int  # of the hardware: so many of what is counted above are one core
     memory_bytes: int  # that may still be used
     shm_bytes: int  # free in /dev/shm
     start_method: str  # of multiprocessing

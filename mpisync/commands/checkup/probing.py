@@ -66,6 +66,7 @@ def look(environ: Mapping[str, str] = os.environ) -> Probe:
         cores=cores,
         quota_cores=_quota_cores(),
         node_cores=os.cpu_count() or len(cores),
+        core_threads=_core_threads(cores[0]),
         memory_bytes=_memory_bytes(),
         shm_bytes=_shm_bytes(),
         start_method=multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0],
@@ -131,10 +132,17 @@ def _memory_bytes() -> int:
     """Return what may still be used: of the machine, and of the container."""
     found = re.search(r"MemAvailable:\s*(\d+) kB", _read(Path("/proc/meminfo")))
     free = [int(found[1]) * 1024] if found else []
-    for limit, used in zip(_cgroup("memory.max"), _cgroup("memory.current"), strict=False):
+    for limit, used, stat in zip(*map(_cgroup, ("memory.max", "memory.current", "memory.stat")), strict=False):
         if limit.strip() != "max":
-            free.append(int(limit) - int(used))
+            cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # given back when it is needed
+            free.append(int(limit) - int(used) + int(cached[1] if cached else 0))
     return max(0, min(free, default=0))
+
+
+def _core_threads(cpu: int) -> int:
+    siblings = _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+    ends = [part.split("-") for part in siblings.strip().split(",") if part]
+    return sum(int(end[-1]) - int(end[0]) + 1 for end in ends) or 1
 
 
 def _cgroup(name: str) -> list[str]:
