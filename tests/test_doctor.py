@@ -148,6 +148,9 @@ SENTENCES = {
         job(rank0={"node": "boot2", "host": "node2"}), "ranks", "ok",
         "4 ranks on 2 nodes: node2 has rank 0, node1 has ranks 1-3; 1 worker away from the root", "",
     ),
+    "two containers on a node": (
+        job(rank0={"host": "box"}), "ranks", "ok", "4 ranks on 1 node: box, node1 on one machine have ranks 0-3;", "",
+    ),
     "no threads": (
         job(every={"start": {"thread_level": "single"}}), "MPI threads", "fix", "without threads",
         "MPI4PY_RC_THREAD_LEVEL",

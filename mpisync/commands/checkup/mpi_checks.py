@@ -175,12 +175,18 @@ def ulfm(case: Case) -> Iterator[Finding]:
         yield Finding("dead ranks", "no ULFM in this MPI, so a rank that dies ends the job; Open MPI 5 has it")
 
 
+def _hosts(case: Case, ranks: list[int]) -> str:
+    """Name a node; containers on it have names of their own."""
+    names = list(dict.fromkeys(case.ranks[rank].host for rank in ranks))
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'on one machine have'}"
+
+
 def nodes(case: Case) -> Iterator[Finding]:
     """Say how the ranks are spread."""
     if case.alone or case.apart or not case.first.start.size:
         return
     spread = case.nodes
-    where = ", ".join(f"{case.ranks[own[0]].host} has {ranks_named(own)}" for own in spread.values())
+    where = ", ".join(f"{_hosts(case, own)} {ranks_named(own)}" for own in spread.values())
     says = f"{several(len(case.ranks), 'rank')} on {several(len(spread), 'node')}: {where}"
     if len(case.ranks) < 2:
         yield Finding("ranks", says, "a job needs at least two: workers, and the root, which does not train")
