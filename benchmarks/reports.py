@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measuring import machine, report, table, versions
 
+from mpisync.commands.benching.measuring import machine, report, table, versions
 from mpisync.policies import ArrivalRecord, RecordWriter, RunHeader, StepRecord
 
 _SEND_S, _REDUCE_S, _UPDATE_S, _PUBLISH_S = 0.004, 0.012, 0.006, 0.004

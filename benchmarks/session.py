@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import COLUMNS, gloo, machine, meet, report, summary, table, versions
 from mpi4py import MPI
 from torch.nn.parallel import DistributedDataParallel
 
+from mpisync.commands.benching.measuring import COLUMNS, gloo, machine, meet, report, summary, table, versions
 from mpisync.policies import BackupWorkers
 from mpisync.session.session import Session
 

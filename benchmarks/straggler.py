@@ -21,9 +21,9 @@ import time
 from typing import Any
 
 import numpy as np
-from measuring import COLUMNS, gloo, machine, meet, report, summary, table, versions
 from mpi4py import MPI
 
+from mpisync.commands.benching.measuring import COLUMNS, gloo, machine, meet, report, summary, table, versions
 from mpisync.policies import BackupWorkers
 from mpisync.session.partial import PartialReduce
 

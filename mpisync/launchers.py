@@ -201,10 +201,10 @@ def find_launcher(
         return Launcher("slurm", (), srun)
     others = []
     for candidate in _candidates(library, python, path):
-        launcher = _identify(candidate)
+        launcher = identify(candidate)
         if launcher is None:
             continue
-        if _fits(launcher, library):
+        if fits(launcher, library):
             return launcher
         others.append(f"{launcher.path} ({launcher.family} {_dotted(launcher.version)})")
     if srun is not None and "SLURM_JOB_ID" in environ:
@@ -226,7 +226,7 @@ def _candidates(library: Library, python: str, path: str) -> Iterator[str]:
                 yield found
 
 
-def _identify(path: str) -> Launcher | None:
+def identify(path: str) -> Launcher | None:
     """Ask a launcher for its version; None where it does not answer as one."""
     try:
         answer = subprocess.run(
@@ -244,7 +244,8 @@ def _identify(path: str) -> Launcher | None:
     return None
 
 
-def _fits(launcher: Launcher, library: Library) -> bool:
+def fits(launcher: Launcher, library: Library) -> bool:
+    """Say whether ranks that `launcher` starts find each other through `library`."""
     if launcher.family != library.family:
         return False
     # Open MPI 4's mpirun speaks another PMIx than 5's library; hydra's PMI has not changed.

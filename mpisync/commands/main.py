@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from mpisync import __version__
-from mpisync.commands import demo, plan, report, run, timeline
+from mpisync.commands import bench, demo, doctor, plan, report, run, timeline
 
 # Each has NAME, add_arguments(parser) and main(options) -> exit code, and imports what is
 # heavy (MPI, torch, numba) in main only, so that every --help works where those cannot start.
-COMMANDS = (run, demo, plan, report, timeline)
+COMMANDS = (run, demo, doctor, bench, plan, report, timeline)
 
 
 def build_parser() -> argparse.ArgumentParser:

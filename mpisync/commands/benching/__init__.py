@@ -1,0 +1,1 @@
+"""Measuring: what `mpisync bench` compares, and what the scripts under benchmarks/ share with it."""
