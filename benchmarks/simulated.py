@@ -20,9 +20,9 @@ import time
 from typing import Any
 
 import numpy as np
-from measuring import machine, meet, report, table, versions
 from mpi4py import MPI
 
+from mpisync.commands.benching.measuring import machine, meet, report, table, versions
 from mpisync.planning.calibration import costs_from_records
 from mpisync.planning.costs import Costs
 from mpisync.planning.simulation import simulate
