@@ -89,22 +89,7 @@ class Cluster:
         """
         self.folder = Path(tempfile.mkdtemp(prefix="mpisync-test-"))
         self.nodes = nodes
-        for name in ("state", "tmp"):
-            (self.folder / name).mkdir()
-        (self.folder / "key").touch(0o600)
-        (self.folder / "key").write_bytes(os.urandom(128))
-        controller, *own = _free_ports(1 + nodes)
-        configuration = CONFIGURATION.format(
-            host=socket.gethostname().partition(".")[0],
-            ports=(controller, f"[{','.join(map(str, own))}]"),
-            user=os.geteuid(),
-            folder=self.folder,
-            nodes=nodes,
-            cpus=cpus,
-        )
-        (self.folder / "slurm.conf").write_text(configuration)
-        if _version() >= (23, 2):  # older ones know no way to do without
-            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self._configure(cpus)
         names = " ".join(f"n{number}" for number in range(1, nodes + 1))
         command = ["sh", "-c", DAEMONS, "sh", str(self.folder), names]
         self.daemons = Job(command, self.folder, env=self._own())
@@ -143,6 +128,25 @@ class Cluster:
     def log(self, node: str) -> str:
         """Return what a node's slurmd has logged."""
         return (self.folder / f"{node}.log").read_text(errors="replace")
+
+    def _configure(self, cpus: int) -> None:
+        """Write the files that the daemons want to find."""
+        controller, *own = _free_ports(1 + self.nodes)
+        configuration = CONFIGURATION.format(
+            host=socket.gethostname().partition(".")[0],
+            ports=(controller, f"[{','.join(map(str, own))}]"),
+            user=os.geteuid(),
+            folder=self.folder,
+            nodes=self.nodes,
+            cpus=cpus,
+        )
+        (self.folder / "slurm.conf").write_text(configuration)
+        if _version() >= (23, 2):  # older ones know no way to do without
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        (self.folder / "key").touch(0o600)
+        (self.folder / "key").write_bytes(os.urandom(128))
+        for name in ("state", "tmp"):
+            (self.folder / name).mkdir()
 
     def _ask(self, *command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
         """Run one of Slurm's commands and return what it prints."""

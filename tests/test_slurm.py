@@ -73,7 +73,8 @@ def test_one_node(cluster, folder):
 
 
 def test_a_script_that_fails_fails_its_job(cluster, folder):
-    job = cluster.submit("jobs/one-node.sbatch", "--wrong", options=["--ntasks=2"], cwd=folder, env=activated("openmpi"))
+    env = activated("openmpi")
+    job = cluster.submit("jobs/one-node.sbatch", "--wrong", options=["--ntasks=2"], cwd=folder, env=env)
     ended = cluster.wait(job, LIMIT_S)
     assert ended.state == "FAILED" and ended.code != "0:0"
     assert "unrecognized arguments: --wrong" in ended.output
