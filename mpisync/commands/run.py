@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy",
-        help="the policy, in place of the script's: backup:1, deadline:0.5, async:k=2, replay:PATH "
+        help="the policy, in place of the script's: backup:1, deadline:0.5, async:k=2, adaptive, replay:PATH "
         "(sets MPISYNC_POLICY)",
     )
     parser.add_argument(
