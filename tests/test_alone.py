@@ -19,7 +19,7 @@ from training import (
 )
 
 import mpisync
-from mpisync.policies import read_record
+from mpisync.policies import RecordReader, read_record
 
 
 @pytest.fixture
@@ -91,6 +91,9 @@ def test_alone_the_record_the_hook_and_the_progress_line_work(alone, tmp_path, c
             poison(number)
             session.step(loss)
     header, steps = read_record(path)
+    reader = RecordReader(path)
+    assert len(list(reader)) == reader.end.version == len(steps)
+    assert reader.end.handed == [reader.end.used[0] + reader.end.discarded[0]] and not reader.end.failure
     assert (header.policy, header.workers, len(header.hosts), header.settings["ema"]) == ("backup:0", 1, 1, 0.9)
     assert [record for record, _ in heard] == steps and all(all(grads) for _, grads in heard)
     assert [step.accepted for step in steps] == [[(0, n + (n > 1), n)] for n in range(6)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from mpisync.policies import (
     RecordReader,
     RecordWriter,
     Replay,
+    RunEnd,
     RunHeader,
     StepRecord,
     parse_policy,
@@ -262,7 +264,7 @@ def test_any_changed_byte_is_seen_and_its_line_named(path):
         ((1, 3, 2), "line 3: steps must be consecutive, but step 0 comes where step 2 is due"),
         ((1, 2, 3, 3), "line 4: steps must be consecutive, but step 1 comes where step 2 is due"),
         ((2, 3), "line 1: the first line must be the run's, but it is not"),
-        ((1, 2, 1, 3), "line 3: every line but the first must be a step's, but this is .* 'run'"),
+        ((1, 2, 1, 3), "line 3: every line but the first must be a step's or the end's, but this is .* 'run'"),
     ],
 )
 def test_lines_lost_moved_or_doubled_are_seen(path, numbers, message):
@@ -441,3 +443,49 @@ def test_a_whole_number_of_seconds_is_a_float(tmp_path):
     edit(path, 2, arrivals=[arrivals[0], {**arrivals[1], "offset_s": 3}, *arrivals[2:]])
     offset_s = read_record(path)[1][0].arrivals[1].offset_s
     assert type(offset_s) is float and offset_s == 3.0
+
+
+def ended(**other):
+    samples = {"handed": [8, 8], "used": [8, 0], "discarded": [0, 0], "lost": [0, 8]}
+    return RunEnd(**{"version": 1, "failure": "", "arrivals": [], **samples, **other})
+
+
+def written_end(tmp_path, end, *, more=False):
+    path = tmp_path / "record.jsonl"
+    step = StepRecord(0, 0.0, 0.5, 0.6, 1, 2, [(0, 0, 0)], [])
+    with RecordWriter(path) as writer:
+        writer.header(RunHeader("backup:1", 2, 0, 0.0, "1", ["a", "a"]))
+        writer.step(step)
+        writer.end(end)
+        if more:
+            writer.step(StepRecord(1, 0.6, 0.7, 0.8, 1, 2, [(0, 1, 1)], []))
+    return RecordReader(path)
+
+
+def test_a_record_ends_with_what_became_of_every_sample(tmp_path):
+    late = ArrivalRecord(1, 0, 0, "late", 0.1, late_by=1, samples=8)
+    reader = written_end(tmp_path, ended(arrivals=[late], discarded=[0, 8], lost=[0, 0], failure="rank 1: \u00fc"))
+    assert reader.end is None
+    assert [step.step for step in reader] == [0]
+    assert reader.end.arrivals == [late] and reader.end.failure == "rank 1: \u00fc"
+    assert read_record(reader.path)[1][0].accepted == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"version": 3}, "ends at the version of its last step, 1, but here is 3"),
+        ({"arrivals": [ArrivalRecord(1, 0, 0, "accepted", 0.1)]}, "worker 1's gradient 0 is accepted in no step"),
+        ({"arrivals": [ArrivalRecord(0, 0, 0, "late", 0.1)]}, "a gradient gets one verdict"),
+        ({"handed": [8]}, "an account for each of the 2 workers"),
+        ({"used": [8, 8]}, "worker 1 was handed 8 samples, but 16 are accounted for"),
+    ],
+)
+def test_an_end_that_cannot_be_is_refused(tmp_path, other, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        list(written_end(tmp_path, ended(**other)))
+
+
+def test_nothing_follows_an_end(tmp_path):
+    with pytest.raises(ValueError, match="line 4: nothing may follow the end"):
+        list(written_end(tmp_path, ended(), more=True))

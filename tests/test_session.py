@@ -10,7 +10,7 @@ from torch import nn
 from training import DATA, WORKERS, check_ended, fails_everywhere, flat, loader, new_model, on_all, sgd, train
 
 import mpisync
-from mpisync.policies import read_record
+from mpisync.policies import RecordReader, read_record
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -199,6 +199,14 @@ def test_samples_are_accounted_for(comm, tmp_path):
         assert used == sum(m.account.used for m in accounts) == 20 * 8
         assert handed == sum(m.account.handed for m in accounts)
         assert all(m.account.in_flight == 0 for m in accounts)
+        reader = RecordReader(path)  # says the same to whoever has nothing else, up to the last verdict
+        judged = [arrival for step in reader for arrival in step.arrivals]
+        end = reader.end
+        assert (end.version, end.failure) == (20, "")
+        assert end.handed == [m.account.handed for m in accounts] and sum(end.used) == used
+        for worker in range(WORKERS):
+            samples = sum(a.samples for a in [*judged, *end.arrivals] if a.worker == worker)
+            assert samples == end.handed[worker] == end.used[worker] + end.discarded[worker]
 
 
 @pytest.mark.parallel(WORKERS + 1)

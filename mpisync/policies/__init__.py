@@ -7,7 +7,7 @@ from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
 from mpisync.policies.deadline import Deadline
 from mpisync.policies.files import RecordReader, RecordWriter, read_record
 from mpisync.policies.forms import parse_policy
-from mpisync.policies.records import ArrivalRecord, RunHeader, StepRecord
+from mpisync.policies.records import ArrivalRecord, RunEnd, RunHeader, StepRecord
 from mpisync.policies.replay import Replay
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RecordReader",
     "RecordWriter",
     "Replay",
+    "RunEnd",
     "RunHeader",
     "StepRecord",
     "parse_policy",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mpisync.policies.lines import intact, load, seal, unseal
-from mpisync.policies.records import FORMAT, RunHeader, StepChecker, StepRecord
+from mpisync.policies.records import FORMAT, RunEnd, RunHeader, StepChecker, StepRecord
 
 __all__ = ["RecordReader", "RecordWriter", "read_record"]
 
@@ -61,6 +61,10 @@ class RecordWriter:
             raise RuntimeError(f"the record {self.path} has no header yet: write it first")
         self._write({"kind": "step", **step.__dict__})
 
+    def end(self, end: RunEnd) -> None:
+        """Write the last line."""
+        self._write({"kind": "end", **end.__dict__})
+
     def _write(self, document: dict[str, Any]) -> None:
         line = memoryview(seal(document))
         try:
@@ -98,6 +102,7 @@ class RecordReader:
     Attributes:
         path: The file.
         header: The run.
+        end: How the run ended; None if it has no end, or that is not yet reached.
         torn: The number of the last line if that is torn, which is what a run that was killed may
             leave, and one that is writing it; None if it is whole or not yet reached.
 
@@ -120,6 +125,7 @@ class RecordReader:
         """Read the first line."""
         self.path = os.fspath(path)
         self.torn: int | None = None
+        self.end: RunEnd | None = None
         self._lines = self._numbered()
         number, line = next(self._lines, (1, b""))
         if not line:
@@ -134,7 +140,15 @@ class RecordReader:
         checker = StepChecker(self.header.workers)
         for number, line in self._lines:
             try:
-                step = _step_record(unseal(line))
+                document = unseal(line)
+                if self.end is not None:
+                    raise ValueError("nothing may follow the end of the run, but here is another line")
+                if document.get("kind") == "end":
+                    del document["kind"]
+                    self.end = load(RunEnd, document)
+                    checker.end(self.end)
+                    continue
+                step = _step_record(document)
                 checker.check(step)
             except ValueError as error:
                 raise self._problem(number, error) from None
@@ -213,5 +227,5 @@ def _run_header(document: dict[str, Any]) -> RunHeader:
 def _step_record(document: dict[str, Any]) -> StepRecord:
     kind = document.pop("kind", None)
     if kind != "step":
-        raise ValueError(f"every line but the first must be a step's, but this is of kind {kind!r}")
+        raise ValueError(f"every line but the first must be a step's or the end's, but this is of kind {kind!r}")
     return load(StepRecord, document)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["ArrivalRecord", "RunHeader", "StepChecker", "StepRecord"]
+__all__ = ["ArrivalRecord", "RunEnd", "RunHeader", "StepChecker", "StepRecord"]
 
 FORMAT = 1
 
@@ -133,6 +133,34 @@ class StepRecord:
     why: str | None = None
 
 
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended; a record without it is of a run that goes on, or was killed.
+
+    Attributes:
+        version: That of the final parameters.
+        failure: Why it failed; "" if it did not.
+        arrivals: What got its verdict after the last step had closed.
+        handed: Samples handed to the loop of each worker, in their order.
+        used: Those of accepted gradients.
+        discarded: Those of late and rejected ones.
+        lost: Those in a worker's hands when it left or died. What is missing to `handed` was in flight still.
+
+    Example:
+        >>> end = RunEnd(version=9, failure="", arrivals=[], handed=[80], used=[72], discarded=[8], lost=[0])
+        >>> end.handed[0] == end.used[0] + end.discarded[0] + end.lost[0]
+        True
+    """
+
+    version: int
+    failure: str
+    arrivals: list[ArrivalRecord]
+    handed: list[int]
+    used: list[int]
+    discarded: list[int]
+    lost: list[int]
+
+
 class StepChecker:
     """Holds steps that follow one another against the rules of a record.
 
@@ -185,6 +213,25 @@ class StepChecker:
                     f"an accepted arrival must be in its step's list, but worker {worker}'s "
                     f"gradient {sequence} of version {version} is not in step {record.step}'s"
                 )
+
+    def end(self, end: RunEnd) -> None:
+        """Take the end: no step follows.
+
+        Raises:
+            ValueError: It names the rule that the end breaks.
+        """
+        if self._due is not None and end.version != self._due:
+            raise ValueError(f"a run ends at the version of its last step, {self._due}, but here is {end.version}")
+        for arrival in end.arrivals:
+            if arrival.verdict == "accepted":
+                raise ValueError(f"worker {arrival.worker}'s gradient {arrival.sequence} is accepted in no step")
+            self._gradient(arrival.worker, arrival.sequence, arrival.version, end.version)
+        accounts = (end.handed, end.used, end.discarded, end.lost)
+        if any(len(account) != self._workers for account in accounts if self._workers < math.inf):
+            raise ValueError(f"an end has an account for each of the {self._workers} workers, but here are others")
+        for worker, (handed, *spent) in enumerate(zip(*accounts, strict=True)):
+            if min(handed, *spent) < 0 or sum(spent) > handed:
+                raise ValueError(f"worker {worker} was handed {handed} samples, but {sum(spent)} are accounted for")
 
     def _gradient(self, worker: int, sequence: int, version: int, step: int) -> None:
         if not 0 <= worker < self._workers:

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from mpisync.aggregation.members import Account
 from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import ArrivalRecord, BackupWorkers, StepRecord
 from mpisync.session.data import Batches
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
+from mpisync.session.ends import failure_of
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import forbid_steps
 from mpisync.session.refusals import check_model_and_optimizer
@@ -62,6 +64,7 @@ class Alone:
         self._stopped = False
         self._opened_s = self._began_s = time.monotonic()  # of the step, and of the computation
         self._arrivals: list[ArrivalRecord] = []  # of the open step
+        self._account = Account()
         self._sequence = self._rejected = self._rejected_in_a_row = 0
         # what it does, whatever the policy: every step is the gradient of the only worker
         self._reports.header(str(BackupWorkers(0)), [socket.gethostname()])
@@ -76,6 +79,7 @@ class Alone:
             while not self._stopped and (steps is None or self.version < steps):
                 batch, _ = next(data)
                 self._drawn.add(data)
+                self._account.handed += data.batch_samples
                 yield batch
                 self._drawn.goes_on()
             self._drawn.drop()
@@ -110,6 +114,11 @@ class Alone:
 
     def _enter(self, basis: Basis, loss: float, came_s: float, reason: str) -> None:
         """Enter the verdict on a gradient."""
+        self._account.handed += basis.samples - basis.drawn
+        if reason:
+            self._account.discarded += basis.samples
+        else:
+            self._account.used += basis.samples
         self._arrivals.append(
             ArrivalRecord(
                 worker=0,
@@ -180,3 +189,4 @@ class Alone:
         """Give the optimizer its step back."""
         self._trap.undo()
         self._reports.close()
+        self._reports.end(self.version, failure_of(error), self._arrivals, [self._account])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mpisync
-from mpisync.policies import RecordWriter, Replay, RunHeader, StepRecord
+from mpisync.aggregation.members import Account
+from mpisync.policies import ArrivalRecord, RecordWriter, Replay, RunEnd, RunHeader, StepRecord
 from mpisync.session.progress import Progress
 
 if TYPE_CHECKING:
@@ -85,5 +86,20 @@ class Reports:
         """No step follows."""
         if self._progress is not None:
             self._progress.close()
+
+    def end(self, version: int, failure: str, arrivals: Sequence[ArrivalRecord], accounts: Sequence[Account]) -> None:
+        """Everyone has left: say what became of the last gradients and of all samples, and close the record."""
         if self._writer is not None:
+            self._writer.end(
+                RunEnd(
+                    version,
+                    failure,
+                    list(arrivals),
+                    handed=[account.handed for account in accounts],
+                    used=[account.used for account in accounts],
+                    discarded=[account.discarded for account in accounts],
+                    lost=[account.lost for account in accounts],
+                )
+            )
             self._writer.close()
+            self._writer = None

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from mpisync.aggregation.steps import ClosedStep
 from mpisync.session.advice import advice_on
 from mpisync.session.ended import Averages
-from mpisync.session.ends import leave_root
+from mpisync.session.ends import failure_of, leave_root
 from mpisync.session.flat import FlatModel
 from mpisync.session.joint import Joint
 from mpisync.session.reports import Reports
@@ -157,6 +157,8 @@ class Serving:
         finally:
             self._flat.unbind()
             self._threads.restore()
+            members, ledger = self._root.members, self._root.ledger
+            self._reports.end(self.version, failure_of(error), ledger.arrivals, [m.account for m in members])
         if absence is not None:
             raise absence
 
