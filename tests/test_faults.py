@@ -135,6 +135,35 @@ def test_an_exit_that_waits_for_long_says_for_whom():
     check(run, "rank 0 has ended; its exit waits for rank 1 (pid", fails=False)
 
 
+def test_a_run_after_a_caught_failure_meets_wherever_the_first_had_ended():
+    """Rank 1 leaves its loop in the moment of the failure, so that it never says goodbye to the root."""
+    code = HEAD + """
+def run(fails):
+    with PartialReduce(comm, like=theta, policy=BackupWorkers(1)) as reduction:
+        if reduction.is_root:
+            for step in reduction.serve(None if fails else 20):
+                step.publish(theta)
+        count = 0
+        while not reduction.is_root and reduction.pull(theta):
+            count += 1
+            if fails and rank == 1: break
+            if fails and rank == 0 and count == 20:
+                time.sleep(1)
+                raise ValueError("caught")
+            reduction.push(np.ones_like(theta))
+            time.sleep(0.002)
+for fails in (True, False):
+    try:
+        run(fails)
+    except (ValueError, RuntimeError) as error:
+        say(type(error).__name__)
+    else:
+        say("fine", fails)
+"""
+    run = check(run_script(4, code, timeout_s=LIMIT_S), fails=False)
+    assert run.stdout.count("fine False") == 4
+
+
 def test_ranks_outside_of_a_communicator_may_end_before_others_reach_it():
     code = """
 from mpi4py import MPI

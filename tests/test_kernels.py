@@ -342,8 +342,8 @@ def test_packing_keeps_every_bit(name, rng, stores):
             memory = placed(np.zeros(size + 64, dtype.storage), 0)
             target = memory[offset : offset + size]
             source = placed(source, offset + 1)
-            values = np.abs(widened(source, name)).astype(np.float64)
-            largest = values.max(initial=0.0) if np.isfinite(values).all() else np.inf
+            values = np.abs(widened(source, name))
+            largest = float(values.max(initial=0.0)) if np.isfinite(values).all() else np.inf
             assert pack(source, target, dtype) == peak(source, dtype) == largest
             assert target.tobytes() == source.tobytes(), (size, offset)
             assert not memory[:offset].any() and not memory[offset + size :].any()

@@ -1,8 +1,7 @@
 """The private duplicates of a user's communicator: each run has one to itself, and gives it back for later runs.
 
 MPI has few communicators to give away, and a duplicate costs a collective: so the user's communicator carries those
-that were made for it, and they are freed with it. Every rank goes through the same runs in the same order, so all of
-them find the same duplicate free.
+that were made for it, and they are freed with it. Every rank has the same ones, in the order in which they were made.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ def keep(comm: MPI.Intracomm, private: MPI.Intracomm) -> None:
         comm.Set_attr(_key, made)
 
 
-def free(comm: MPI.Intracomm) -> MPI.Intracomm | None:
-    """The first duplicate that no run uses."""
-    return next((private for private in known(comm) if private.handle not in _taken), None)
+def is_free(private: MPI.Intracomm) -> bool:
+    """Whether no run uses a duplicate, as far as this rank knows: a run may have ended here and not elsewhere."""
+    return private.handle not in _taken
 
 
 def take(private: MPI.Intracomm) -> None:

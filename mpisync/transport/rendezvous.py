@@ -113,12 +113,18 @@ def check_launcher(comm: MPI.Intracomm) -> None:
 
 
 def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Return a duplicate of `comm` that no run uses now. Collective."""
-    private = duplicates.free(comm)
-    if private is None:
-        private, request = comm.Idup()
-        poll(request, comm, "to reach the session")
-        duplicates.keep(comm, private)
+    """Return a duplicate of `comm` that no run uses now, on any rank. Collective."""
+    privates = duplicates.known(comm)
+    if privates:
+        # on the first, whether it is free or not: a run has only messages of its own under way there
+        free = np.array([duplicates.is_free(private) for private in privates], np.int8)
+        agreed = np.empty_like(free)
+        poll(privates[0].Iallreduce(free, agreed, MPI.MIN), comm, "to reach the session")
+        if agreed.any():
+            return privates[int(agreed.argmax())]
+    private, request = comm.Idup()
+    poll(request, comm, "to reach the session")
+    duplicates.keep(comm, private)
     return private
 
 
