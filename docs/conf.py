@@ -17,6 +17,7 @@ default_role = "py:obj"  # a name in backticks is a link where there is one
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Seconds": "ndarray", "Array": "ndarray"}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Attributes as a list, as arguments are; not one heading each.

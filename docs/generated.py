@@ -1,4 +1,4 @@
-"""What no docstring holds: the commands' --help, the environment variables, and links from short names."""
+"""What no docstring holds: the commands' --help, the environment variables, and plain signatures and links."""
 
 from __future__ import annotations
 
@@ -78,9 +78,19 @@ def link_by_last_name(
     return make_refnode(app.builder, here, entry.docname, entry.node_id, text, name)
 
 
+def plain_signature(
+    app: Sphinx, what: str, name: str, value: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None] | None:
+    """Leave out of a signature what is no Python (a dataclass's <factory>) or says nothing (a protocol's)."""
+    if getattr(value, "_is_protocol", False):
+        return "", returns
+    return (signature.replace("<factory>", "..."), returns) if signature else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx of what is here."""
     app.add_directive("mpisync-commands", Commands)
     app.add_directive("mpisync-settings", Settings)
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("missing-reference", link_by_last_name)
     return {"parallel_read_safe": True}

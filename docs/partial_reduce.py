@@ -8,13 +8,18 @@ import mpisync
 goal = np.array([1.0, 2.0, 3.0])
 theta = np.zeros_like(goal)
 
-with mpisync.PartialReduce(MPI.COMM_WORLD, like=theta, policy=mpisync.BackupWorkers(1)) as reduction:
+policy = mpisync.BackupWorkers(1)
+with mpisync.PartialReduce(MPI.COMM_WORLD, like=theta, policy=policy) as reduction:
     if reduction.is_root:
-        for step in reduction.serve(steps=50):
+        for step in reduction.serve(steps=1000):
             theta -= 0.5 * step.mean
             step.publish(theta)
+            if abs(step.mean).max() < 1e-12:
+                reduction.stop()
     else:
         while reduction.pull(theta):  # the newest version
-            verdict = reduction.push(theta - goal)
+            gradient = theta - goal
+            if not reduction.stale():  # it would be late, and goes unsent
+                verdict = reduction.push(gradient)
 
 print(reduction.parameters)  # the final ones, on every rank

@@ -72,6 +72,14 @@ def test_every_public_name_has_an_example():
     assert [f"{module}.{name}" for module, name in PUBLIC if not has_example(module, name)] == []
 
 
+@pytest.mark.parametrize(("face", "page"), [("Session", "session.rst"), ("PartialReduce", "partial_reduce.py")])
+def test_every_method_is_in_an_example(face, page):
+    face = getattr(mpisync, face)
+    text = (DOCS / page).read_text() + face.__doc__
+    methods = [name for name in vars(face) if not name.startswith("_")]
+    assert methods and [name for name in methods if f".{name}" not in text] == []
+
+
 @pytest.mark.parametrize("name", ALSO)
 def test_the_examples_in_docstrings_run(name):
     results = doctest.testmod(importlib.import_module(f"mpisync.{name}"))
