@@ -13,11 +13,12 @@ copyright = "the mpisync developers"
 version = release = mpisync.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+smartquotes_action = "D"  # dashes; quotes stay as they are, for "" is not a pair of curls
 default_role = "py:obj"  # a name in backticks is a link where there is one
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {"Seconds": "ndarray", "Array": "ndarray"}
+autodoc_type_aliases = {"Seconds": "ndarray", "Array": "ndarray", "ComputeTimes": "ComputeTimes"}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Attributes as a list, as arguments are; not one heading each.

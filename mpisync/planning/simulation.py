@@ -27,7 +27,7 @@ __all__ = ["ComputeTimes", "Deadlock", "simulate"]
 
 Delay = Callable[[int, int], float]
 ComputeTimes = npt.NDArray[np.float64] | Delay
-"""Seconds of each computation: an array (steps, workers), or a function of (worker, sequence)."""
+"""Seconds of each computation, as an array (steps, workers) or as a function of (worker, sequence)."""
 Verdict = Literal["accepted", "late", "rejected"]
 
 
