@@ -1,4 +1,4 @@
-# make venv | test | demo | lint | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
+# make venv | test | demo | docs | lint | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
 #
 # Each target makes what it needs: a virtual environment with an embedded MPI, torch and the rest,
 # pinned by constraints.txt. Needed on the machine: make, Python >= 3.10 with its venv module.
@@ -20,7 +20,7 @@ MISSING = if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/de
 	else echo 'make: no Python >= 3.10 on PATH; install one (apt-get install python3 python3-venv; dnf' \
 	'install python3.12; a cluster: module load python) or name it: make PYTHON=/path/to/python3'; fi
 
-.PHONY: venv test demo lint clean
+.PHONY: venv test demo docs lint clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -41,6 +41,16 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m mpisync demo $(ARGS)
+
+# The reference, built from the docstrings into build/docs; what builds it is installed the first time.
+docs: $(VENV)/.mpisync-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -d build/doctrees docs build/docs
+	@echo 'make: open build/docs/index.html'
+
+$(VENV)/.mpisync-docs: $(STAMP)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[docs]'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ setup(
         "cuda13": ["cupy-cuda13x>=13.6"],
         # The progress line; plans and reports with their plots.
         "report": ["matplotlib>=3.8", "rich>=13", "scipy>=1.11"],
+        "docs": ["furo>=2024.8.6", "sphinx>=8"],
         "test": [
             "build",
             "hypothesis",

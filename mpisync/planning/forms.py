@@ -23,6 +23,7 @@ LAW_FORMS = (
     "exponential:mean=S, shifted:shift=S,excess=S, pareto:scale=S,alpha=A, lognormal:median=S,sigma=X, "
     "weibull:scale=S,shape=K, composite:median=S,sigma=X,..., chen2016, empirical:FILE.csv"
 )
+"""The forms that `parse_law` takes."""
 
 
 def parse_law(text: str) -> DelayLaw:

@@ -25,7 +25,16 @@ _NODES = 400  # of the quadrature: more change no digit that a double holds
 
 
 class DelayLaw(Protocol):
-    """What the simulation, the theory and the plan ask of a law."""
+    """What the simulation, the theory and the plan ask of a law.
+
+    Example:
+        >>> class Constant:
+        ...     def sample(self, rng, steps, workers):
+        ...         return np.full((steps, workers), 0.5)
+        >>> from mpisync.planning.theory import k_sync
+        >>> k_sync(Constant(), 3, workers=4).mean_s
+        0.5
+    """
 
     def sample(self, rng: np.random.Generator, steps: int, workers: int) -> Seconds:
         """Draw the seconds that each worker takes for a gradient in each step: (steps, workers)."""

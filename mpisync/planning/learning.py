@@ -19,6 +19,14 @@ class Learner(Protocol):
     Attributes:
         parameters: The newest; workers keep references, so that an update makes a new array.
         errors: F(θ_t) − F*, or what else is to be the loss of gradients of version t.
+
+    Example:
+        >>> from mpisync.planning.simulation import simulate
+        >>> from mpisync.policies import BackupWorkers
+        >>> learner = Descent(Quadratic(dimension=4, noise=0.0), rate=0.5)
+        >>> records = simulate(BackupWorkers(1), np.ones((1, 3)), steps=2, learner=learner)
+        >>> len(list(records)), len(learner.errors)
+        (2, 3)
     """
 
     parameters: Array
@@ -36,6 +44,16 @@ class Problem(Protocol):
 
     Attributes:
         start: Where descent begins.
+
+    Example:
+        >>> class Parabola:
+        ...     start = np.array([4.0])
+        ...     def error(self, parameters):
+        ...         return float(parameters[0] ** 2)
+        ...     def gradient(self, parameters, random):
+        ...         return 2 * parameters + random.normal(scale=0.1, size=1)
+        >>> Descent(Parabola(), rate=0.25).errors
+        [16.0]
     """
 
     start: Array

@@ -27,11 +27,21 @@ __all__ = ["ComputeTimes", "Deadlock", "simulate"]
 
 Delay = Callable[[int, int], float]
 ComputeTimes = npt.NDArray[np.float64] | Delay
+"""Seconds of each computation, as an array (steps, workers) or as a function of (worker, sequence)."""
 Verdict = Literal["accepted", "late", "rejected"]
 
 
 class Deadlock(RuntimeError):
-    """Nothing is under way any more, and the open step does not close."""
+    """Nothing is under way any more, and the open step does not close.
+
+    Example:
+        >>> from mpisync.policies import BackupWorkers
+        >>> records = simulate(BackupWorkers(0), np.ones((1, 2)), steps=9, deaths={0: 0.5, 1: 0.5})
+        >>> list(records)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        mpisync.planning.simulation.Deadlock: step 0 of backup:0 cannot close: ...
+    """
 
 
 def simulate(

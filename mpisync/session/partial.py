@@ -86,6 +86,14 @@ class PartialReduce:
                 while reduction.pull(theta):
                     verdict = reduction.push(compute(theta))
             reduction.free()
+
+        One process alone cannot be root and worker:
+
+        >>> import numpy as np
+        >>> PartialReduce(MPI.COMM_SELF, like=np.zeros(3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: PartialReduce needs a root and at least one worker, but ...
     """
 
     def __init__(
