@@ -40,7 +40,7 @@ def built(tmp_path_factory) -> Path:
 
 def _tree():
     """Return the files of the tree that a build may take."""
-    for part in ("mpisync", "tests", "jobs", "benchmarks"):
+    for part in ("mpisync", "tests", "jobs", "benchmarks", "docs"):
         for path in (ROOT / part).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 yield path.relative_to(ROOT)
