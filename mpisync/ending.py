@@ -11,9 +11,10 @@ from __future__ import annotations
 import atexit
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from mpisync import launchers, siblings
@@ -21,7 +22,7 @@ from mpisync import launchers, siblings
 _ECHO_S = 1.0  # the rank where it began is given so long to show its traceback first
 _FAILED_S, _ENDED_S = 3.0, 10.0  # how long others are given to end too, behind an error and without
 _installed = False
-_last_exit: SystemExit | None = None  # that `sys.exit` raised
+_last_exit: tuple[object, FrameType, int] | None = None  # of `sys.exit`: its code, the script, and where that was
 _hung: dict[int, tuple[str, Callable[[], object]]] = {}
 
 
@@ -67,7 +68,11 @@ def _remembering(leave: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
         try:
             leave(status)
         except SystemExit as error:
-            _last_exit = error
+            if threading.current_thread() is threading.main_thread():
+                bottom = sys._getframe()
+                while bottom.f_back is not None:
+                    bottom = bottom.f_back
+                _last_exit = error.code, bottom, bottom.f_lasti
             raise
 
     return remember
@@ -75,15 +80,11 @@ def _remembering(leave: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
 
 def _exit_code() -> int:
     """The code with which a `sys.exit` ends this process; 0 where none does."""
-    trace = _last_exit.__traceback__ if _last_exit is not None else None
-    if _last_exit is None or trace is None:
+    if _last_exit is None:
         return 0
-    # The outermost frame that took hold of it: ours, or one that let it go again (`finally`, `with`) and so still is
-    # where it passed; whoever catches it goes on behind that place.
-    frame = trace.tb_frame
-    if frame.f_code.co_name != "remember" and frame.f_lasti != trace.tb_lasti:
+    code, bottom, place = _last_exit
+    if bottom.f_lasti != place:  # somebody caught it, and the script went on to its end
         return 0
-    code = _last_exit.code
     return code if isinstance(code, int) else int(code is not None)
 
 

@@ -113,6 +113,30 @@ def test_an_exit_with_an_error_leaves_nobody_waiting():
     assert run.returncode == 7
 
 
+def test_a_worker_that_outlives_anothers_failure_is_not_killed_for_it():
+    code = """
+try:
+    with PartialReduce(comm, like=theta, policy=BackupWorkers(1)) as reduction:
+        if reduction.is_root:
+            for step in reduction.serve():
+                step.publish(theta)
+        count = 0
+        while not reduction.is_root and reduction.pull(theta):
+            count += 1
+            if rank == 1: break
+            if rank == 0 and count == 20:
+                time.sleep(1)
+                raise ValueError("caught")
+            reduction.push(np.ones_like(theta))
+            time.sleep(0.002)
+except (ValueError, RuntimeError) as error:
+    if rank == 1: time.sleep(5)  # it saves what it has
+    say("saved", type(error).__name__, reduction.parameters[0])
+"""
+    run = check(run_script(4, HEAD + code, timeout_s=LIMIT_S), fails=False)
+    assert run.stdout.count("saved") == 4 and run.stderr == ""
+
+
 def test_an_exit_that_is_caught_and_one_without_an_error_end_nothing():
     code = """
 def leave():

@@ -1,5 +1,6 @@
 """The torch face among real processes: what a training script may rely on."""
 
+import os
 import warnings
 
 import numpy as np
@@ -240,3 +241,17 @@ def test_what_is_no_communicator_is_refused():
     for nothing in (None, MPI.COMM_NULL):
         with pytest.raises(TypeError, match="comm must be an intracommunicator such as MPI.COMM_WORLD"):
             mpisync.Session(nothing, model, sgd(model))
+
+
+@pytest.mark.parallel(WORKERS + 1)
+def test_torch_has_all_cores_at_the_root_and_a_share_of_them_on_a_worker(comm, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if comm.rank == WORKERS else 64)  # what a launcher leaves, or a script
+    model, seen = new_model(), []
+    count = lambda *_: seen.append(torch.get_num_threads())  # noqa: E731
+    train(comm, model, sgd(model), steps=2, body=count, on_step=count)
+    cores = len(os.sched_getaffinity(0))
+    assert seen and set(seen) == {cores if comm.rank == WORKERS else max(1, cores // (WORKERS + 1))}
+    assert torch.get_num_threads() == (1 if comm.rank == WORKERS else 64)
+    torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.ends import chosen_policy
 from mpisync.session.partial import PartialReduce
-from mpisync.transport import duplicates
+from mpisync.transport import duplicates, shared
 from mpisync.transport import memory as memory_module
 from mpisync.transport.memory import Futex, SharedMemory
 
@@ -275,6 +275,31 @@ def test_who_cannot_count_has_its_verdict_at_once(comm, transport, why):
             assert not verdict.accepted and verdict.waited_s < 0.1, verdict
             while reduction.pull(theta):
                 reduction.push(theta)
+    assert_nothing_left(comm)
+
+
+@pytest.mark.parallel(3)
+def test_a_worker_that_sleeps_between_its_ring_and_its_header_delays_nobody(comm, monkeypatch):
+    """Neither while it sleeps nor afterwards: the root must hear as many headers as have rung."""
+    theta, rings, original = np.zeros(20, np.float32), [], shared.fetch_add
+
+    def fetch_add(words, index, value):
+        sleeps = comm.rank == 0 and index == shared._BELL and len(rings) == 10
+        time.sleep(1.0 if sleeps else 0.0)
+        old = original(words, index, value)
+        if index == shared._BELL:
+            rings.append(old)
+            time.sleep(1.0 if sleeps else 0.0)
+        return old
+
+    monkeypatch.setattr(shared, "fetch_add", fetch_add)
+    with PartialReduce(comm, like=theta, policy=BackupWorkers(1)) as reduction:
+        if reduction.is_root:
+            records = lead_any(reduction, theta, 300)
+            waits_s = [record.closed_s - record.opened_s for record in records[1:]]
+            assert max(waits_s) < 0.5 and np.median(waits_s[200:]) < 0.05, max(waits_s)
+        else:
+            work(reduction, theta, slow_s=0.01)
     assert_nothing_left(comm)
 
 

@@ -86,10 +86,12 @@ def leave_root(root: Root, error: BaseException | None) -> None:
 def leave_worker(worker: Worker, error: BaseException | None) -> bool:
     """End this worker's part; whether it has the final parameters."""
     has_final = False
-    if error is None:
-        worker.finish()
-        has_final = True
-    elif failure := failure_of(error):
-        worker.fail(failure)
-    worker.say_goodbye(_GOODBYE_S)
+    try:
+        if error is None:
+            worker.finish()
+            has_final = True
+        elif failure := failure_of(error):
+            worker.fail(failure)
+    finally:  # also where another rank has failed meanwhile: else the root waits for this one
+        worker.say_goodbye(_GOODBYE_S)
     return has_final

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from mpisync.aggregation.joining import Place
 from mpisync.aggregation.root import Root
-from mpisync.aggregation.steps import ClosedStep
+from mpisync.aggregation.steps import ClosedStep, PeerFailed
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of
@@ -242,17 +242,20 @@ class PartialReduce:
         if self._freed:
             return
         self._freed = True
-        final = np.empty_like(self.parameters)
-        if self._worker is None:
-            np.copyto(final, self.parameters)
-        elif error is None:
-            self._worker.finish()
-            self._worker.read(final.reshape(-1).view(np.uint8))
-        self.parameters = self._flat = self.gradient = self._slot = final  # let go of shared memory
-        if self._root is not None:
-            leave_root(self._root, error)
-        elif self._worker is not None:
-            leave_worker(self._worker, error)
+        final = self.parameters.copy()
+        try:
+            if self._worker is not None and error is None:
+                self._worker.finish()
+                self._worker.read(final.reshape(-1).view(np.uint8))
+        except PeerFailed as failed:
+            error = failed
+            raise
+        finally:
+            self.parameters = self._flat = self.gradient = self._slot = final  # let go of shared memory
+            if self._root is not None:
+                leave_root(self._root, error)
+            elif self._worker is not None:
+                leave_worker(self._worker, error)
 
     def __enter__(self) -> PartialReduce:
         return self

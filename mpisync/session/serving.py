@@ -95,6 +95,8 @@ class Serving:
         self._warn_of_equals(closed)
         split = self._joint.presence_bytes
         if (spans := self._update.spans(self._flat.places)) and closed.descend(spans):
+            for parameter in self._flat.parameters:
+                parameter.grad = None  # there is no mean; an earlier step's would mislead
             self._update.move_average()
         elif not closed.finite:
             return

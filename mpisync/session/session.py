@@ -63,7 +63,8 @@ class Session:
         own_copy: Give each worker its own copy of the parameters, which it may then write to; what it
             writes lasts until the next version. What is to last belongs in an optimizer's step hook.
         record: A file for one JSON line a step; `Replay` reads it.
-        on_step: Called at the root with every step's `StepRecord`.
+        on_step: Called at the root with every step's `StepRecord`. Under plain SGD, which updates while it
+            averages, parameters have no ``.grad`` there.
         progress: Whether the root prints a progress line.
 
     Attributes:

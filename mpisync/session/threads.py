@@ -9,12 +9,12 @@ import torch
 from mpisync.transport.rendezvous import Meeting
 
 
-class ThreadLimit:
+class Threads:
     """A number of torch threads for a while."""
 
     def __init__(self, threads: int) -> None:
         self._before = torch.get_num_threads()
-        if threads < self._before:
+        if threads != self._before:  # torch may have begun with one: under a launcher it often does
             torch.set_num_threads(threads)
 
     def restore(self) -> None:
@@ -23,7 +23,7 @@ class ThreadLimit:
             torch.set_num_threads(self._before)
 
 
-def torch_threads(meeting: Meeting) -> ThreadLimit:
+def torch_threads(meeting: Meeting) -> Threads:
     """Give a worker its share of the cores it may use; the root, which folds alone, all of them.
 
     Whoever set OMP_NUM_THREADS has decided otherwise.
@@ -33,4 +33,4 @@ def torch_threads(meeting: Meeting) -> ThreadLimit:
     here = sum(peer.shares_kernel(me) for peer in meeting.peers)
     decided = "OMP_NUM_THREADS" in os.environ
     share = cores if meeting.is_root else max(1, cores // here)
-    return ThreadLimit(torch.get_num_threads() if decided else share)
+    return Threads(torch.get_num_threads() if decided else share)

@@ -53,11 +53,14 @@ class Update:
                 return []
             rates.update(dict.fromkeys(group["params"], group["lr"]))
         spans: list[Span] = []
+        before: float | None = None  # the rate of the parameter before this one
         for parameter, place in zip(self._parameters, places, strict=True):
-            start, rate = place.offset, rates.get(parameter, 0.0)
-            if spans and (spans[-1].segment, spans[-1].rate) == (place.segment, rate):
-                start = spans.pop().start  # what lies between parameters is zero, and stays so
-            spans.append(Span(place.segment, start, place.offset + place.count, rate))
+            rate, start = rates.get(parameter), place.offset
+            if rate is not None:
+                if rate == before and spans[-1].segment == place.segment:
+                    start = spans.pop().start  # what lies between parameters is zero, and stays so
+                spans.append(Span(place.segment, start, place.offset + place.count, rate))
+            before = rate
         return spans
 
     def apply(self) -> None:

@@ -43,7 +43,7 @@ _FAILURE, _FAILURE_BYTES = 3072, 1024
 _LINE_BYTES = 64 + aligned(REPLY_BYTES)
 _RUNNING, _ENDED = 0, 1
 _MASK = 0xFFFFFFFF
-_SPIN_S, _PATIENT_S = 20e-6, 1e-3
+_SPIN_S, _PATIENT_S, _LONGEST_S = 20e-6, 1e-3, 5e-3
 
 
 class Board:
@@ -105,17 +105,17 @@ class SharedRootLink(RootLink):
         self._woken = 0  # WAKE when it was last read
         self._is_due = True  # to hear all that have rung, however few
         self._missed = -1  # the ring after which MPI was looked into and showed too few headers
+        self._idle_s = _SPIN_S
         self._told = True
 
     def _rung(self) -> int:
-        """How many have rung whose header was not heard; below 0 if MPI was faster than the bell."""
-        rung = (load_acquire(self.board.bells, _BELL) - self._heard) & _MASK
-        return rung - (_MASK + 1) if rung > _MASK >> 1 else rung
+        """How many have rung whose header was not heard."""
+        return (load_acquire(self.board.bells, _BELL) - self._heard) & _MASK
 
     def headers(self) -> list[Header]:
         """Take in the headers that have arrived; without a ring there is none to look for."""
         rung = self._rung()
-        if rung <= 0:
+        if not rung:
             return []
         heard = self._take_in(rung)
         self._heard = (self._heard + len(heard)) & _MASK
@@ -203,10 +203,11 @@ class SharedRootLink(RootLink):
         ring = (self._heard + rung) & _MASK
         if rung < headers and not self._is_due:
             self._wake.wait(woken, timeout_s)
-        elif ring == self._missed:
-            time.sleep(_SPIN_S)
+        elif ring == self._missed:  # longer and longer: who rang may be stopped before its header is out
+            time.sleep(min(self._idle_s, timeout_s))
+            self._idle_s = min(2 * self._idle_s, _LONGEST_S)
         else:  # MPI may show a header only to the second look after its coming: look before a sleep
-            self._missed = ring
+            self._missed, self._idle_s = ring, _SPIN_S
 
     def close(self) -> None:
         """Give back receives and memory."""
@@ -252,9 +253,11 @@ class SharedWorkerLink(WorkerLink):
             self._unfinished.append((self._send, self._header))
             self._prepare()
         header.pack_into(self._header)
-        self._send.Start()
         bells = self._board.bells
+        # first the ring: a header that is heard before its ring would leave the root one ring behind for good, if
+        # this process were stopped between the two
         ring = fetch_add(bells, _BELL, 1) + 1
+        self._send.Start()
         fence()  # pairs with the root's in `wait`
         is_due = (ring - load_acquire(bells, _WAKE_AT)) & _MASK <= _MASK >> 1
         if is_due or header.kind != Kind.GRADIENT or header.peak == math.inf or self.is_behind(header.version):

@@ -37,7 +37,7 @@ class Update:
     AdamW is torch's own, fused.
     """
 
-    def __init__(self, name: str, parameters: np.ndarray) -> None:
+    def __init__(self, name: str, parameters: np.ndarray, threads: int = 1) -> None:
         self._parameters = parameters
         self._optimizer: Any = None
         self._torch: Any = None
@@ -48,6 +48,8 @@ class Update:
                 raise
             return
         self._torch = torch
+        if threads > 1:  # as a session's root does
+            torch.set_num_threads(threads)
         self._leaf = torch.from_numpy(parameters)
         if name == "adamw":
             self._leaf.requires_grad_()
@@ -138,7 +140,7 @@ class Ours(Contender):
         if place.is_root:
             self._root = place.root()
             self._steps = self._root.serve()
-            self._update = Update(optimizer, layout.arrays(place.parameters)[0])
+            self._update = Update(optimizer, layout.arrays(place.parameters)[0], place.reducer.threads)
             self._spans = [Span(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []
