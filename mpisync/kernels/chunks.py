@@ -112,7 +112,7 @@ def fold_float64(
 ) -> None:
     """Fold gradients of float64."""
     _fold(
-        v.load_float64, v.load_one_float64, v.load_float64, v.load_one_float64, 8,
+        v.fetch_float64, v.load_one_float64, v.load_float64, v.load_one_float64, 8,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def fold_float32(
 ) -> None:
     """Fold gradients of float32."""
     _fold(
-        v.load_float32, v.load_one_float32, v.load_float32, v.load_one_float32, 16,
+        v.fetch_float32, v.load_one_float32, v.load_float32, v.load_one_float32, 16,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def fold_float16(
 ) -> None:
     """Fold gradients of float16."""
     _fold(
-        v.load_float16, v.load_one_float16, v.load_float32, v.load_one_float32, 16,
+        v.fetch_float16, v.load_one_float16, v.load_float32, v.load_one_float32, 16,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -175,7 +175,7 @@ def fold_bfloat16(
 ) -> None:
     """Fold gradients of bfloat16."""
     _fold(
-        v.load_bfloat16, v.load_one_bfloat16, v.load_float32, v.load_one_float32, 16,
+        v.fetch_bfloat16, v.load_one_bfloat16, v.load_float32, v.load_one_float32, 16,
         state, size, chunk, target, base, step, streaming, g, w, divisor, partials,
     )  # fmt: skip
 
@@ -221,7 +221,7 @@ def descend_float64(
 ) -> None:
     """Fold gradients of float64 and descend."""
     _descend(
-        v.load_float64, v.load_one_float64, 8, state, size, chunk, target, base, step, g, w, divisor, rate
+        v.fetch_float64, v.load_one_float64, 8, state, size, chunk, target, base, step, g, w, divisor, rate
     )
 
 
@@ -240,7 +240,7 @@ def descend_float32(
 ) -> None:
     """Fold gradients of float32 and descend."""
     _descend(
-        v.load_float32, v.load_one_float32, 16, state, size, chunk, target, base, step, g, w, divisor, rate
+        v.fetch_float32, v.load_one_float32, 16, state, size, chunk, target, base, step, g, w, divisor, rate
     )
 
 
