@@ -74,7 +74,8 @@ class Replay(Policy):
         if not steps:
             raise ValueError(f"a record must hold a step to be replayed, but {self} holds none")
         object.__setattr__(self, "header", header)
-        object.__setattr__(self, "_script", _Script(steps))
+        carries = header is not None and header.settings.get("on_late") == "carry"
+        object.__setattr__(self, "_script", _Script(steps, carries=carries))
 
     @property
     def staleness(self) -> int:
@@ -140,9 +141,9 @@ class Replay(Policy):
         return not owed or owed <= {(arrival.worker, arrival.sequence) for arrival in step.held}
 
     def resumes_at(self, worker: int, sequence: int, newest: int) -> int:
-        """The recorded version; never an old one for a gradient that no step accepted."""
+        """The recorded version; never an old one for a gradient that can count nowhere."""
         recorded = self._script.versions.get((worker, sequence), newest)
-        if (worker, sequence) in self._script.turns:
+        if (worker, sequence) in self._script.turns or self._script.carries:
             return recorded
         return max(recorded, newest)
 
@@ -156,7 +157,8 @@ class Replay(Policy):
 class _Script:
     """A record, arranged for looking up what a replay asks."""
 
-    def __init__(self, steps: Sequence[StepRecord]) -> None:
+    def __init__(self, steps: Sequence[StepRecord], *, carries: bool) -> None:
+        """Arrange the steps; with `carries`, late gradients count too, in their workers' next ones."""
         self.first = steps[0].step
         self.end = steps[-1].step + 1
         self.lists = [step.accepted for step in steps]
@@ -170,6 +172,12 @@ class _Script:
                 self.turns[worker, sequence] = Turn(record.step, place)
                 if version < record.step:
                     self.owed[version].add((worker, sequence))
+        self.carries = carries
+        if carries:
+            for step in steps:
+                for late in step.arrivals:
+                    if late.verdict == "late":
+                        self.owed[late.version].add((late.worker, late.sequence))
         self.workers = 1 + max((worker for worker, _ in self.versions), default=0)
         self.staleness = self._staleness()
         self._counting: defaultdict[int, list[int]] = defaultdict(list)

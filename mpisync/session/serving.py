@@ -119,6 +119,8 @@ class Serving:
             self._flat.buffers.load(self._buffers)  # for whoever looks at the model in on_step=
 
     def _warn_of_equals(self, closed: ClosedStep) -> None:
+        if isinstance(self._late, Requeue):
+            return  # no two have the same batch, though it may be in a list twice or in two epochs
         seen: dict[int, int] = {}
         for (worker, _), fingerprint in zip(closed.accepted, closed.fingerprints, strict=True):
             other = seen.setdefault(fingerprint, worker)

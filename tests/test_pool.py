@@ -1,0 +1,120 @@
+"""The pool of batches: each is used once an epoch, whatever workers do with what they claim."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpisync.aggregation.pool import Lot, Pool, Script
+
+
+def drain(pool, worker=0):
+    """Claim and use what is left; what that was."""
+    lots = []
+    while (lot := pool.claim(worker)) is not None:
+        taken = pool.take(worker, 1)
+        if not pool.is_used(taken):
+            pool.use(taken)
+            lots.append(lot)
+    return lots
+
+
+def test_a_lone_worker_gets_every_batch_of_every_epoch_in_order():
+    pool = Pool(batches=3, epochs=2)
+    assert pool.remaining == 6
+    assert drain(pool) == [Lot(epoch, batch) for epoch in range(2) for batch in range(3)]
+    assert pool.remaining == 0
+
+
+def test_without_a_number_of_epochs_there_is_no_end():
+    pool = Pool(batches=2)
+    assert [pool.claim(0) for _ in range(5)][-1] == Lot(2, 0)
+    assert pool.remaining is None
+
+
+def test_what_is_given_back_is_claimed_before_anything_fresh():
+    pool = Pool(batches=4, epochs=1)
+    pool.claim(0)
+    pool.give_back(0, pool.take(0, 1))
+    assert pool.claim(1) == Lot(0, 0)
+    assert pool.remaining == 4
+
+
+def test_a_worker_that_is_behind_has_its_batch_given_to_one_other():
+    pool = Pool(batches=9, epochs=1)
+    slow = [pool.claim(0), pool.claim(0)]  # the second was fetched ahead
+    assert pool.claim(1, behind=[0]) == slow[0]
+    assert pool.claim(2, behind=[0]) == Lot(0, 2), "once is enough, and what it has not begun stays its own"
+    pool.use(pool.take(1, 1))
+    assert pool.is_used(pool.take(0, 1)), "the slow one's gradient counts no more"
+    assert pool.claim(1, behind=[0]) == slow[1], "now it computes on that"
+    assert pool.claim(0, behind=[0]) == Lot(0, 3), "nobody takes over from itself"
+
+
+def test_at_the_end_whoever_is_idle_gets_what_others_have_and_the_first_counts():
+    pool = Pool(batches=2, epochs=1)
+    assert [pool.claim(0), pool.claim(1)] == [Lot(0, 0), Lot(0, 1)]
+    assert pool.claim(2) == Lot(0, 0)
+    assert pool.claim(3) == Lot(0, 1), "the one that fewer have"
+    first = pool.take(3, 1)
+    pool.use(first)
+    assert pool.is_used(pool.take(1, 1)) and not pool.is_used(pool.take(0, 1))
+    assert pool.claim(0) is None, "its own is the only one left: it would wait for itself"
+
+
+def test_what_one_of_two_gives_back_stays_with_the_other():
+    pool = Pool(batches=1, epochs=1)
+    pool.claim(0)
+    pool.claim(1)
+    pool.give_back(0, pool.take(0, 1))
+    assert pool.state == {"fresh": [1, 0], "returned": [[0, 0]]}
+    pool.leave(1)
+    assert drain(pool) == [Lot(0, 0)]
+
+
+def test_what_is_given_up_does_not_come_back():
+    pool = Pool(batches=2, epochs=1)
+    pool.claim(0)
+    pool.give_up(0, pool.take(0, 1))
+    assert drain(pool) == [Lot(0, 1)] and pool.remaining == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(2, 4), st.data())
+def test_every_batch_is_used_once_whatever_happens_and_from_any_state(batches, epochs, workers, data):
+    pool, used, held = Pool(batches, epochs), [], {w: [] for w in range(workers)}
+    for _ in range(data.draw(st.integers(0, 60), "events")):
+        worker = data.draw(st.integers(0, workers - 1), "worker")
+        what = data.draw(st.sampled_from(["claim", "claim", "use", "late", "leave", "restart"]), "what")
+        if what == "claim":
+            behind = data.draw(st.lists(st.integers(0, workers - 1), unique=True), "behind")
+            lot = pool.claim(worker, behind)
+            held[worker] += [] if lot is None else [lot]
+        elif what in ("use", "late") and held[worker]:
+            count = data.draw(st.integers(1, len(held[worker])), "count")
+            lots = pool.take(worker, count)
+            assert lots == held[worker][:count]
+            del held[worker][:count]
+            if what == "use" and not pool.is_used(lots):
+                pool.use(lots)
+                used += lots
+            else:
+                pool.give_back(worker, lots)
+        elif what == "leave":
+            pool.leave(worker)
+            held[worker].clear()
+        elif what == "restart":
+            pool = Pool(batches, epochs, pool.state)
+            held = {w: [] for w in range(workers)}
+        assert pool.remaining == batches * epochs - len(used)
+    for worker in range(workers):
+        pool.leave(worker)
+    used += drain(pool)
+    assert sorted(used) == [Lot(epoch, batch) for epoch in range(epochs) for batch in range(batches)]
+
+
+def test_a_record_is_dealt_again_and_a_loop_that_draws_otherwise_is_refused():
+    script = Script(4, [[[Lot(0, 2), Lot(0, 0)], [Lot(1, 1)]], []])
+    assert [script.claim(0) for _ in range(4)] == [Lot(0, 2), Lot(0, 0), Lot(1, 1), None]
+    assert script.take(0, 2) == [Lot(0, 2), Lot(0, 0)]
+    with pytest.raises(RuntimeError, match=r"comes from 2 batches and is recorded\s+with 1"):
+        script.take(0, 2)
