@@ -69,10 +69,13 @@ def optimizer_text(optimizer: Optimizer) -> str:
         'AdamW(lr=0.001)'
     """
     usual = inspect.signature(type(optimizer).__init__).parameters
+    takes_others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in usual.values())
     shown = []
     for name in optimizer.defaults:
         values = dict.fromkeys(_shown(group.get(name)) for group in optimizer.param_groups)
-        if name == "lr" or name not in usual or list(values) != [_shown(usual[name].default)]:
+        # What cannot be given is no setting, as AdamW's decoupled_weight_decay.
+        is_default = list(values) == [_shown(usual[name].default)] if name in usual else not takes_others
+        if name == "lr" or not is_default:
             shown.append(f"{name}={' / '.join(values)}")
     groups = len(optimizer.param_groups)
     return f"{type(optimizer).__name__}({', '.join(shown)})" + (f", {groups} groups" if groups > 1 else "")
