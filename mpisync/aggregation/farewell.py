@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpisync.aggregation.answers import answer
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.root import Root
 from mpisync.transport.wire import Header, Kind, Status
@@ -57,9 +58,9 @@ def _hear(root: Root, member: Member, header: Header) -> None:
         root.announced(member, header, root.clock(), is_tie=False)
         _too_late(root, member)
     elif header.kind != Kind.FAIL:
-        root.handle(member, header)
+        answer(root, member, header)
     else:  # one failure has ended it already, or it fails after a good end: its own exit tells
-        root.noted(member, header)
+        root.note(member, header)
     if member.state is not State.GONE:
         root.serve_parameters(member)
 

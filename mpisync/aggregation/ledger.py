@@ -1,15 +1,13 @@
-"""Every verdict, entered once: into its worker's account, the counts and the open step's record."""
+"""Every verdict, entered once: into the counts and the open step's record."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-from mpisync.aggregation.members import Member
+from mpisync.aggregation.late import Work
+from mpisync.aggregation.members import Member, Outcome
 from mpisync.policies import Arrival, ArrivalRecord
 from mpisync.transport.wire import Header
-
-Outcome = Literal["accepted", "late", "rejected"]
 
 
 class Ledger:
@@ -26,6 +24,7 @@ class Ledger:
         member: Member,
         header: Header,
         arrival: Arrival,
+        work: Work,
         opened_s: float,
         *,
         late_by: int = 0,
@@ -34,14 +33,6 @@ class Ledger:
         travelled: bool = True,
     ) -> None:
         """Enter a verdict."""
-        account = member.account
-        if outcome == "accepted":
-            account.accepted += 1
-            account.used += header.samples
-        else:
-            account.discarded += header.samples
-            account.late += outcome == "late"
-            account.rejected += outcome == "rejected"
         self.counts[outcome] += 1
         self.arrivals.append(
             ArrivalRecord(
@@ -58,5 +49,8 @@ class Ledger:
                 samples=header.samples,
                 loss=None if math.isnan(header.loss) else header.loss,
                 bytes=self._gradient_bytes if travelled else 0,
+                cost=None if math.isnan(header.cost) else header.cost,
+                carried=work.carried or None,
+                lots=[(lot.epoch, lot.batch) for lot in work.lots] or None,
             )
         )

@@ -18,11 +18,15 @@ from __future__ import annotations
 import enum
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from mpisync.policies import Arrival
 from mpisync.transport.base import RootLink
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header
+
+if TYPE_CHECKING:
+    from mpisync.aggregation.late import Work
 
 
 class State(enum.Enum):
@@ -37,22 +41,36 @@ class State(enum.Enum):
     LOST = "lost"
 
 
+Outcome = Literal["accepted", "late", "rejected"]
+Fate = Literal["used", "discarded", "requeued"]
+
+
 @dataclass
 class Account:
-    """A worker's samples: handed = used + discarded + in_flight + lost, at any time."""
+    """A worker's samples: handed = used + discarded + requeued + lost + in_flight, at any time."""
 
     handed: int = 0
     used: int = 0
     discarded: int = 0
+    requeued: int = 0
     lost: int = 0
     accepted: int = 0  # gradients
     late: int = 0
     rejected: int = 0
+    batches: int = 0  # whose samples have met their fate
 
     @property
     def in_flight(self) -> int:
-        """Samples handed to the loop on which no verdict has been given."""
-        return self.handed - self.used - self.discarded - self.lost
+        """Samples handed to the loop that have met no fate yet."""
+        return self.handed - self.used - self.discarded - self.requeued - self.lost
+
+    def judge(self, outcome: Outcome) -> None:
+        """Count a gradient."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+
+    def tally(self, fate: Fate, samples: int) -> None:
+        """Enter what became of so many samples."""
+        setattr(self, fate, getattr(self, fate) + samples)
 
 
 @dataclass
@@ -65,10 +83,13 @@ class Member:
     state: State = State.COMPUTING
     header: Header | None = None  # of the gradient on which no verdict has been given
     arrival: Arrival | None = None
+    work: Work | None = None  # what it was computed from
     is_tie: bool = False
     next_sequence: int = 0
     waits_for: int = -1  # version it needs next; -1: has it, or has not asked
+    served: int = -1  # the newest version that it was let have
     since_s: float = 0.0  # when its computation could begin
+    peak_rss_bytes: int = 0  # as it said when it left
     account: Account = field(default_factory=Account)
     compute_s: deque[float] = field(default_factory=lambda: deque(maxlen=32))
 
@@ -82,6 +103,12 @@ class Member:
         """The header that awaits its verdict."""
         assert self.header is not None
         return self.header
+
+    @property
+    def done(self) -> Work:
+        """What the gradient that awaits its verdict was computed from."""
+        assert self.work is not None
+        return self.work
 
     @property
     def came(self) -> Arrival:

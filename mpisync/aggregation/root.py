@@ -18,10 +18,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from mpisync.aggregation.answers import answer
 from mpisync.aggregation.asking import Asking
 from mpisync.aggregation.inbox import Inbox
+from mpisync.aggregation.late import Discard
 from mpisync.aggregation.ledger import Ledger
-from mpisync.aggregation.members import Member, State
+from mpisync.aggregation.members import Member, Outcome, State
+from mpisync.aggregation.pool import Lot
 from mpisync.aggregation.stalls import StallReport
 from mpisync.aggregation.steps import ClosedStep, PeerFailed, Taken
 from mpisync.aggregation.sums import RunningSum, Span, Sums
@@ -36,6 +39,7 @@ _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' proces
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
 _SMALL_BYTES = 256 << 10  # to wake up for one costs more than to fold it
 _FOLD_AFTER_S = 1e-3  # a small one costs more by being a call of its own than it saves
+TAKEN_OVER = "its samples were given to another worker too, who was first"
 REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
 
 
@@ -51,6 +55,7 @@ class Root:
         reducer: Folds gradients.
         weighted: Weight gradients by their samples instead of equally.
         norms: Compute squared norms with the mean.
+        late: What becomes of late gradients' samples; they are discarded unless given.
         clock: Monotonic seconds; that of the workers on this node.
         stall_report_s: After how long an open step is reported.
     """
@@ -66,6 +71,7 @@ class Root:
         *,
         weighted: bool = False,
         norms: bool = False,
+        late: Discard | None = None,
         clock: Callable[[], float] = time.monotonic,
         stall_report_s: float = 10.0,
     ) -> None:
@@ -80,6 +86,7 @@ class Root:
         policy.check(len(self.members))
         norms = norms or policy.wants_norms
         self.ledger = Ledger(layout.size_bytes)
+        self.late = Discard() if late is None else late
         in_pieces = any(link.in_pieces for link in links)
         blocks = layout.blocks if in_pieces else layout.wholes
         self._sum = RunningSum(layout, reducer, blocks, norms=norms)
@@ -90,7 +97,7 @@ class Root:
         self._rejected_in_a_row = 0
         self._stop_asked = False
         self._last: int | None = None  # the version at which the training ends
-        self._has_ended = False
+        self.has_ended = False
         self._look_after_s = 0.0
         self._stalls = StallReport(stall_report_s, self.me)
         self._taken: list[Taken] = []  # the accepted gradients of the open step
@@ -143,12 +150,17 @@ class Root:
             if self._asking.queue and not self._is_closing:
                 lacking = self.policy.target(self._step) - len(self._step.accepted)
                 self._asking.ask(lacking, self.clock(), self._make_room)
-            if self._stop_asked or not self._step.alive:
+            if self._stop_asked or not self._step.alive or self._has_no_samples():
                 return None
             now_s = self.clock()
             if self._is_closing or self.policy.closes(self._step, now_s):
                 return self._close(now_s)
             self._idle(now_s)
+
+    def _has_no_samples(self) -> bool:
+        """Whether all samples are used, so that no further step can be."""
+        self._step.remaining = self.late.remaining
+        return self._step.remaining == 0 and not self._step.accepted
 
     def _hear(self) -> None:
         heard = self.inbox.take()
@@ -157,29 +169,23 @@ class Root:
             at_s, _, header = heard.popleft()
             member = self.members[header.worker]
             if header.kind != Kind.GRADIENT:
-                self.handle(member, header)
+                answer(self, member, header)
                 continue
             self.announced(member, header, at_s, is_tie=times[at_s] > 1)
             self._judge(member)
 
-    def handle(self, member: Member, header: Header) -> None:
-        """Answer a header that is no gradient's."""
-        member.account.handed = header.handed
-        if header.kind == Kind.FAIL:
-            self.fail(f"{member.peer} failed: {header.text}")
-        if header.kind == Kind.STOP:
-            self._stop_asked = True
-        if header.kind in (Kind.LEAVE, Kind.BYE):
-            self.lose(member, State.LEFT if header.kind == Kind.LEAVE else State.GONE)
-        resume = self.noted(member, header)
-        if header.kind == Kind.READY:
-            self._resume(member, resume)
-
-    def noted(self, member: Member, header: Header) -> int:
-        """Answer a header; the version at which the worker's next computation begins."""
+    def note(
+        self, member: Member, header: Header, *, status: Status = Status.NOTED, lot: Lot | None = None
+    ) -> int:
+        """Answer a header that is no gradient's; the version at which the worker's next computation begins."""
         resume = self.policy.resumes_at(member.worker, member.next_sequence, self.version)
-        self._reply(member, header, Status.NOTED, resume=resume)
+        self._reply(member, header, status, resume=resume, lot=lot)
         return resume
+
+    def is_past(self, version: int) -> bool:
+        """Whether a gradient of this version would be late."""
+        staleness = self.policy.staleness
+        return staleness is not None and version + staleness < self.version
 
     def announced(self, member: Member, header: Header, at_s: float, *, is_tie: bool) -> None:
         """Take note of a gradient's header."""
@@ -191,6 +197,7 @@ class Root:
             )
         member.next_sequence += 1
         member.account.handed = header.handed
+        member.work = self.late.begin(member, header)
         member.state, member.header, member.is_tie = State.ANNOUNCED, header, is_tie
         member.arrival = Arrival(member.worker, header.sequence, header.version, at_s)
         member.compute_s.append(header.compute_s)
@@ -207,6 +214,8 @@ class Root:
         elif member.said.peak == math.inf:
             self.refuse(member, Status.REJECTED, "the gradient has NaN or Inf")
             self._count_rejection()
+        elif self.late.is_used(member.done):
+            self.refuse(member, Status.LATE, TAKEN_OVER)
         elif member.link.is_whole(member.worker):
             self._accept(member)
         else:
@@ -219,7 +228,9 @@ class Root:
         step.accepted.append(member.came)
         member.state = State.ACCEPTED
         self._sum.add(member.link, member.worker, weight, member.said.peak)
-        self._taken.append(Taken(member, member.said, member.came, member.is_tie))
+        self._taken.append(Taken(member, member.said, member.came, member.done, member.is_tie))
+        self.late.accept(member, member.done)
+        step.remaining = self.late.remaining
         self._rejected_in_a_row = 0
         self._accepted_s = self.clock()
         self._is_closing = self.policy.closes(step, self._accepted_s)
@@ -250,11 +261,15 @@ class Root:
         """Give a verdict that is not acceptance."""
         self._forget(member)
         late_by = self.version - member.said.version if status == Status.LATE else 0
+        outcome: Outcome = "late" if status == Status.LATE else "rejected"
+        may_return = outcome == "late" and member.said.peak < math.inf
+        self.late.refuse(member, member.done, outcome, may_return=may_return)
         self.ledger.enter(
-            "late" if status == Status.LATE else "rejected",
+            outcome,
             member,
             member.said,
             member.came,
+            member.done,
             self._step.opened_s,
             late_by=late_by,
             reason=reason or None,
@@ -277,8 +292,8 @@ class Root:
         resume = self.policy.resumes_at(member.worker, header.sequence + 1, self.version)
         member.link.release(member.worker)
         self._reply(member, header, status, resume=resume, late_by=late_by, reason=reason)
-        member.state, member.header, member.arrival = State.COMPUTING, None, None
-        self._resume(member, resume)
+        member.state, member.header, member.arrival, member.work = State.COMPUTING, None, None, None
+        self.resume(member, resume)
 
     def _reply(
         self,
@@ -289,7 +304,9 @@ class Root:
         resume: int,
         late_by: int = 0,
         reason: str = "",
+        lot: Lot | None = None,
     ) -> None:
+        epoch, batch = (-1, -1) if lot is None else lot
         reply = Reply(
             header.incarnation,
             Say.VERDICT,
@@ -301,18 +318,21 @@ class Root:
             late_by=late_by,
             resume=resume,
             waited_s=self.clock() - member.arrival.at_s if member.arrival else 0.0,
+            epoch=epoch,
+            batch=batch,
             text=reason,
         )
         member.link.reply(member.worker, reply)
 
-    def _resume(self, member: Member, version: int) -> None:
+    def resume(self, member: Member, version: int) -> None:
+        """Let a worker have `version`, now or when it is there."""
         member.waits_for = version
         if version <= self.version:
             self.serve_parameters(member)
 
     def serve_parameters(self, member: Member) -> None:
         """Let a worker that waits for them have the newest parameters."""
-        member.waits_for, member.since_s = -1, self.clock()
+        member.waits_for, member.served, member.since_s = -1, self.version, self.clock()
         member.link.serve(member.worker)
 
     def _count_rejection(self) -> None:
@@ -337,16 +357,16 @@ class Root:
 
     def end(self, failure: str) -> None:
         """Tell every worker, once, that the training has ended at the newest version."""
-        if not self._has_ended:
-            self._has_ended = True
+        if not self.has_ended:
+            self.has_ended, self.late.goes_on = True, False
             for link in self.links:
                 link.end(End(self.version, failure))
 
     def abandon(self) -> None:
         """Give up the open step: what was accepted into it will not be used."""
         for taken in self._taken:
-            if taken.header is not taken.member.header:  # has been told so, or is gone
-                taken.member.account.discarded += taken.header.samples
+            is_open = taken.member.is_alive and taken.header is taken.member.header  # it will be refused
+            self.late.abandon(taken.member, taken.work, is_told=not is_open)
         self._taken.clear()
         self._step.accepted.clear()
         self._sum.forget()
@@ -445,7 +465,8 @@ class Root:
     def _recorded(self, closed: ClosedStep, sums: Sums, updated_s: float) -> StepRecord:
         step, ledger, published_s = self._step, self.ledger, self.clock()
         for t in self._taken:
-            ledger.enter("accepted", t.member, t.header, t.arrival, step.opened_s, tie=t.is_tie)
+            self.late.use(t.member, t.work)
+            ledger.enter("accepted", t.member, t.header, t.arrival, t.work, step.opened_s, tie=t.is_tie)
         return StepRecord(
             step=step.step,
             opened_s=step.opened_s,
@@ -468,12 +489,13 @@ class Root:
     def _open(self, held: list[Arrival]) -> None:
         """Open the step of the newest version and judge again what is already there."""
         self._step = OpenStep(self.version, self.clock(), len(self.members), set(), held=held)
+        self._step.remaining = self.late.remaining
         self._count_living()
         self.ledger.arrivals = []
         self._taken, self._folded, self._extras = [], 0, []
         self._is_closing = False
         self._accepted_s = self._step.opened_s
-        if self._has_ended:
+        if self.has_ended:
             return  # no step follows; `farewell` gives the last verdicts
         known = [m for m in self.members if m.state in (State.ANNOUNCED, State.WANTED)]
         for member in sorted(known, key=lambda member: (member.came.at_s, self._lots.random())):
@@ -534,8 +556,8 @@ class Root:
         if member.state in (State.ANNOUNCED, State.WANTED):
             self._forget(member)
             member.link.release(member.worker)
-        taken = sum(taken.header.samples for taken in self._taken if taken.member is member)
-        member.account.lost += member.account.in_flight - taken
+            self.late.withdraw(member, member.done)
+        self.late.lose(member, sum(taken.header.samples for taken in self._taken if taken.member is member))
         member.state, member.waits_for = state, -1
         self._count_living()
 

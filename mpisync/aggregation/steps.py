@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from mpisync.aggregation.late import Work
 from mpisync.aggregation.members import Member
 from mpisync.aggregation.sums import Span, Sums
 from mpisync.policies import Arrival, StepRecord
@@ -37,6 +38,7 @@ class Taken:
     member: Member
     header: Header
     arrival: Arrival
+    work: Work
     is_tie: bool
 
 

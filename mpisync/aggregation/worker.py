@@ -11,10 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from mpisync.aggregation.pool import Lot
 from mpisync.aggregation.steps import PeerFailed
 from mpisync.aggregation.verdict import Verdict
 from mpisync.transport.base import End, WorkerLink
-from mpisync.transport.peers import Peer
+from mpisync.transport.peers import Peer, peak_rss_bytes
 from mpisync.transport.wire import Header, Kind, Reply, Status
 
 _T = TypeVar("_T")
@@ -99,6 +100,9 @@ class Worker:
         loss: float = math.nan,
         data_s: float = 0.0,
         fingerprint: int = 0,
+        batches: int = 0,
+        carries: bool = False,
+        cost: float = math.nan,
     ) -> Verdict:
         """Send the gradient in `link.gradient` and wait for its verdict.
 
@@ -108,6 +112,9 @@ class Worker:
             loss: Their loss.
             data_s: How long this worker waited for them.
             fingerprint: What two workers share only if they computed the same gradient.
+            batches: How many batches it was computed from.
+            carries: Whether this worker's late gradients are added in.
+            cost: Of one of its batches, as the loop says.
 
         Raises:
             PeerFailed: Another rank failed.
@@ -122,6 +129,9 @@ class Worker:
             data_s=data_s,
             stamp_s=now_s,
             fingerprint=fingerprint,
+            batches=batches,
+            carries=carries,
+            cost=cost,
         )
         self.sequence += 1
         self._resume = reply.resume
@@ -133,6 +143,19 @@ class Worker:
             reply.text,
             reply.waited_s,
         )
+
+    def claim(self, batches: int) -> Lot | None:
+        """Claim the next batch of the pool; None where there is none left.
+
+        Args:
+            batches: How many an epoch has, by this worker's loader.
+        """
+        reply = self._ask(Kind.CLAIM, batches=batches)
+        return None if reply.batch < 0 else Lot(reply.epoch, reply.batch)
+
+    def pass_over(self, *, samples: int, batches: int) -> bool:
+        """Tell that batches left no gradient; whether it would have been late."""
+        return self._ask(Kind.PASS, samples=samples, batches=batches).status == Status.LATE
 
     def is_stale(self) -> bool:
         """Whether the version being computed on is superseded already."""
@@ -147,7 +170,8 @@ class Worker:
     def finish(self) -> None:
         """Contribute nothing more, wait for the end of the training and its final parameters."""
         if not self._has_ended() or self.link.newest() != self._the_end().version:
-            self._ask(Kind.LEAVE)  # also where the end overtook older parameters: ask for the last
+            # also where the end overtook older parameters: ask for the last
+            self._ask(Kind.LEAVE, peak_rss_bytes=peak_rss_bytes())
             self._wait(self._has_ended, "the end of the training")
         final = self._the_end().version
         self._wait(lambda: self.link.newest() >= final or None, "the final parameters")
@@ -164,7 +188,7 @@ class Worker:
 
     def say_goodbye(self, timeout_s: float) -> None:
         """Send the last message and complete all sends, for at most `timeout_s` if the root hangs."""
-        ordinal = self._send(Kind.BYE)
+        ordinal = self._send(Kind.BYE, peak_rss_bytes=peak_rss_bytes())
         give_up_s = time.monotonic() + timeout_s
         while self.link.reply(ordinal) is None and self._root_lives():
             if time.monotonic() > give_up_s:
@@ -185,6 +209,10 @@ class Worker:
         stamp_s: float = 0.0,
         fingerprint: int = 0,
         peak: float = 0.0,
+        batches: int = 0,
+        carries: bool = False,
+        cost: float = math.nan,
+        peak_rss_bytes: int = 0,
         text: str = "",
     ) -> int:
         self._ordinal += 1
@@ -203,6 +231,10 @@ class Worker:
             stamp_s or time.monotonic(),
             fingerprint,
             peak,
+            batches,
+            carries,
+            cost,
+            peak_rss_bytes,
             text,
         )
         self.link.send(header)

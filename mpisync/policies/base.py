@@ -79,6 +79,7 @@ class OpenStep:
         alive: Those that have not died.
         accepted: What counts so far, whole, in order of acceptance.
         held: What has arrived and waits for its turn; it outlives the step.
+        remaining: How many more gradients there are samples for; None where samples never run out.
 
     Example:
         >>> step = OpenStep(step=0, opened_s=0.0, workers=4, alive={0, 1, 3})
@@ -93,6 +94,7 @@ class OpenStep:
     alive: Set[int]
     accepted: list[Arrival] = field(default_factory=list)
     held: list[Arrival] = field(default_factory=list)
+    remaining: int | None = None
 
     def has(self, worker: int) -> bool:
         """Say whether this worker's gradient is in already."""
@@ -105,8 +107,12 @@ class OpenStep:
     def reachable(self) -> int:
         """How many workers' gradients this step can have: those alive, and the dead that are in."""
         if len(self.alive) == self.workers:
-            return self.workers
-        return len({arrival.worker for arrival in self.accepted}.union(self.alive))
+            return self.limited(self.workers)
+        return self.limited(len({arrival.worker for arrival in self.accepted}.union(self.alive)))
+
+    def limited(self, gradients: int) -> int:
+        """So many gradients, or as many as there are samples for."""
+        return gradients if self.remaining is None else min(gradients, len(self.accepted) + self.remaining)
 
 
 class Policy(abc.ABC):

@@ -87,6 +87,9 @@ class ArrivalRecord:
         samples: How many samples it is the mean of.
         loss: Their loss, if the worker sent it.
         bytes: How many bytes of it travelled.
+        cost: What the loop says that one of its batches costs.
+        carried: Sequences of its worker's late gradients that are added in.
+        lots: (epoch, number) of each batch that came from the pool.
 
     Example:
         >>> late = ArrivalRecord(3, sequence=7, version=6, verdict="late", offset_s=0.2, late_by=1)
@@ -107,6 +110,9 @@ class ArrivalRecord:
     samples: int = 0
     loss: float | None = None
     bytes: int = 0
+    cost: float | None = None
+    carried: list[int] | None = None
+    lots: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,8 @@ class RunEnd:
         used: Those of accepted gradients.
         discarded: Those of late and rejected ones.
         lost: Those in a worker's hands when it left or died. What is missing to `handed` was in flight still.
+        requeued: Those of late gradients that were computed again, by this worker or another.
+        peak_rss_bytes: The largest memory of each worker's process, then of the root's; 0 where it did not tell.
 
     Example:
         >>> end = RunEnd(version=9, failure="", arrivals=[], handed=[80], used=[72], discarded=[8], lost=[0])
@@ -186,6 +194,8 @@ class RunEnd:
     used: list[int]
     discarded: list[int]
     lost: list[int]
+    requeued: list[int] = field(default_factory=list)
+    peak_rss_bytes: list[int] = field(default_factory=list)
 
 
 class StepChecker:
@@ -253,7 +263,8 @@ class StepChecker:
             if arrival.verdict == "accepted":
                 raise ValueError(f"worker {arrival.worker}'s gradient {arrival.sequence} is accepted in no step")
             self._gradient(arrival.worker, arrival.sequence, arrival.version, end.version)
-        accounts = (end.handed, end.used, end.discarded, end.lost)
+        requeued = end.requeued or [0] * len(end.handed)
+        accounts = (end.handed, end.used, end.discarded, end.lost, requeued)
         if any(len(account) != self._workers for account in accounts if self._workers < math.inf):
             raise ValueError(f"an end has an account for each of the {self._workers} workers, but here are others")
         for worker, (handed, *spent) in enumerate(zip(*accounts, strict=True)):

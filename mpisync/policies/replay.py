@@ -86,6 +86,13 @@ class Replay(Policy):
         """The version that the last recorded step makes."""
         return self._script.end
 
+    def lots(self, workers: int) -> list[list[list[tuple[int, int]]]]:
+        """(epoch, number) of the batches of each gradient, by worker and in order, where they came from a pool."""
+        own: list[list[list[tuple[int, int]]]] = [[] for _ in range(workers)]
+        for (worker, _), lots in sorted(self._script.lots.items()):
+            own[worker].append(lots)
+        return own
+
     def check(self, workers: int) -> None:
         """Refuse another number of workers than was recorded."""
         needed = self._script.workers if self.header is None else self.header.workers
@@ -154,6 +161,8 @@ class _Script:
         self.end = steps[-1].step + 1
         self.lists = [step.accepted for step in steps]
         self.versions = _versions(steps)
+        arrivals = [arrival for step in steps for arrival in step.arrivals]
+        self.lots = {(a.worker, a.sequence): a.lots for a in arrivals if a.lots is not None}
         self.turns: dict[Gradient, Turn] = {}
         self.owed: defaultdict[int, set[Gradient]] = defaultdict(set)
         for record in steps:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mpisync.aggregation.members import Account
+from mpisync.aggregation.members import Account, Fate
+from mpisync.aggregation.pool import Lot, Pool
 from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import ArrivalRecord, BackupWorkers, StepRecord
@@ -23,13 +24,16 @@ from mpisync.session.described import described
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of
+from mpisync.session.extent import Extent
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import forbid_steps
+from mpisync.session.pooling import pool_of
 from mpisync.session.refusals import check_model_and_optimizer
 from mpisync.session.reports import Reports
 from mpisync.session.schedule import Schedule, check_scheduler
 from mpisync.session.update import Update
 from mpisync.transport.layout import aligned_bytes
+from mpisync.transport.peers import peak_rss_bytes
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
@@ -67,6 +71,7 @@ class Alone:
         self._opened_s = self._began_s = time.monotonic()  # of the step, and of the computation
         self._arrivals: list[ArrivalRecord] = []  # of the open step
         self._account = Account()
+        self._pool: Pool | None = None
         self._sequence = self._rejected = self._rejected_in_a_row = 0
         # what it does, whatever the policy: every step is the gradient of the only worker
         self._reports.header(
@@ -76,24 +81,58 @@ class Alone:
             **described(self._flat.parameters, optimizer, settings.scheduler),
         )
 
-    def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
-        """Yield batches until there were `steps` updates."""
-        data = Batches(loader, worker=0, workers=1, seed=self._settings.seed)
+    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
+        """Yield batches until there were `steps` updates, or the pool is empty."""
+        steps = extent.steps
+        for account in extent.accounts(1):
+            self._account = Account(**account)
+        if self._settings.on_late == "requeue":
+            self._pool = pool_of(loader, extent, BackupWorkers(0), 1)
+        data = Batches(
+            loader,
+            worker=0,
+            workers=1,
+            seed=self._settings.seed,
+            claim=None if self._pool is None else self._claim,
+            start=extent.batches(0),
+        )
         self._reports.begin(steps)
         self._flat.buffers.pack(self._buffers)
         self._opened_s = self._began_s = time.monotonic()
         try:
             while not self._stopped and (steps is None or self.version < steps):
-                batch, _ = next(data)
+                drawn = next(data, None)
+                if drawn is None:
+                    break
                 self._drawn.add(data)
                 self._account.handed += data.batch_samples
-                yield batch
+                yield drawn[0]
+                if passed := self._drawn.passed():
+                    self._settle(passed, "discarded")
                 self._drawn.goes_on()
             self._drawn.drop()
         finally:
             data.close()
 
-    def step(self, loss: float, samples: int | None) -> Verdict:
+    def _claim(self, batches: int) -> Lot | None:
+        """The pool's next batch; this process claims none ahead that it does not come to."""
+        assert self._pool is not None
+        return self._pool.claim(0)
+
+    def _settle(self, basis: Basis, fate: Fate) -> None:
+        """Enter what became of a gradient's samples."""
+        self._account.tally(fate, basis.samples)
+        self._account.batches += basis.batches
+        if self._pool is not None:
+            self._pool.use(self._pool.take(0, basis.batches))
+
+    def samples(self) -> dict[str, Any]:
+        """The account and the place in the data."""
+        account = self._account
+        state: dict[str, Any] = {"accounts": [{**vars(account), "handed": account.handed - account.in_flight}]}
+        return state if self._pool is None else {**state, "pool": self._pool.state}
+
+    def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Update from the gradient, unless it has NaN or Inf."""
         basis = self._drawn.take(samples)
         came_s = time.monotonic()
@@ -101,7 +140,7 @@ class Alone:
         step = self.version
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         reason = "" if finite else "the gradient has NaN or Inf"
-        self._enter(basis, loss, came_s, reason)
+        self._enter(basis, loss, cost, came_s, reason)
         if finite:
             self._rejected_in_a_row = 0
             self._trap.undo()
@@ -119,13 +158,11 @@ class Alone:
         self._began_s = time.monotonic()
         return Verdict(step, finite, 0, self.version, reason, 0.0)
 
-    def _enter(self, basis: Basis, loss: float, came_s: float, reason: str) -> None:
+    def _enter(self, basis: Basis, loss: float, cost: float, came_s: float, reason: str) -> None:
         """Enter the verdict on a gradient."""
         self._account.handed += basis.samples - basis.drawn
-        if reason:
-            self._account.discarded += basis.samples
-        else:
-            self._account.used += basis.samples
+        self._account.judge("rejected" if reason else "accepted")
+        self._settle(basis, "discarded" if reason else "used")
         self._arrivals.append(
             ArrivalRecord(
                 worker=0,
@@ -138,6 +175,7 @@ class Alone:
                 data_s=basis.data_s,
                 samples=basis.samples,
                 loss=None if math.isnan(loss) else loss,
+                cost=None if math.isnan(cost) else cost,
             )
         )
         self._sequence += 1
@@ -196,4 +234,5 @@ class Alone:
         """Give the optimizer its step back."""
         self._trap.undo()
         self._reports.close()
-        self._reports.end(self.version, failure_of(error), self._arrivals, [self._account])
+        self._account.lost += self._account.in_flight
+        self._reports.end(self.version, failure_of(error), self._arrivals, [self._account], {}, [0, peak_rss_bytes()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,13 @@ from torch.optim import Optimizer
 
 from mpisync import settings as environment
 from mpisync.aggregation.verdict import Verdict
+from mpisync.session.again import Again
+from mpisync.session.carried import Carried
 from mpisync.session.data import Batches
-from mpisync.session.drawn import Drawn
+from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
+from mpisync.session.extent import Extent
 from mpisync.session.flat import FlatModel
 from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.joint import Joint
@@ -58,7 +62,9 @@ class Computing:
         extras = link.layout.extras(link.gradient)
         self._presence = extras[: len(self._flat.parameters)]
         self._buffers = self._flat.buffers.views(extras[self._joint.presence_bytes :])
-        in_place = self._place.reads_in_place and not settings.own_copy
+        # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
+        needs_copy = settings.own_copy or (settings.on_late == "carry" and link.shares_parameters)
+        in_place = self._place.reads_in_place and not needs_copy
         self._memory = link.parameters if in_place else aligned_bytes(link.published.size_bytes)
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
@@ -70,6 +76,12 @@ class Computing:
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
         self._notice = self._make_read_only(in_place) if environment.read("MPISYNC_READ_ONLY") else None
         self._drawn = Drawn(self._flat.parameters)
+        self._on_late, self._late_limit = settings.on_late, settings.late_limit
+        self._again: Again | None = None
+        self._carried: Carried | None = None
+        if settings.on_late == "carry":
+            weighted = settings.weight == "samples"
+            self._carried = Carried(self._slot, self._presence, settings.late_limit, weighted=weighted)
         self.averages: Averages | None = None  # each parameter with its average, at the end
         self._has_average = settings.ema is not None
 
@@ -92,18 +104,19 @@ class Computing:
         """Of the parameters that this worker has."""
         return self._worker.version
 
-    def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
-        """Yield batches until training ends; how many steps there are is the root's to know."""
-        data = Batches(loader, worker=self.worker, workers=self.workers, seed=self._seed)
+    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
+        """Yield batches until training ends, which is the root's to know."""
+        data = self._data(loader, extent)
         self._writes.check()  # of own copies too: what was written before the first version is lost
         try:
             running = self._pull()
-            while running:
-                batch, _ = next(data)
+            while running and (drawn := next(data, None)) is not None:
                 self._worker.handed += data.batch_samples
                 self._drawn.add(data)
-                yield batch
+                yield drawn[0]
                 running = self._worker.ended is None
+                if running and (passed := self._drawn.passed()):
+                    self._pass_over(passed)
                 # a gradient is of one version: only the end comes between its batches
                 if running and (self._has_ended() if self._drawn.goes_on() else self._worker.is_stale()):
                     running = self._pull()
@@ -111,7 +124,29 @@ class Computing:
         finally:
             data.close()
 
-    def step(self, loss: float, samples: int | None) -> Verdict:
+    def _data(self, loader: Iterable[Any], extent: Extent) -> Batches | Again:
+        """This worker's batches, from where a resumed run left off."""
+        self._worker.handed = extent.handed(self.worker, self.workers)
+        batches = Batches(
+            loader,
+            worker=self.worker,
+            workers=self.workers,
+            seed=self._seed,
+            claim=self._worker.claim if self._on_late == "requeue" else None,
+            start=extent.batches(self.worker),
+        )
+        if self._on_late != "retry":
+            return batches
+        self._again = Again(batches, self._late_limit, worker=self.worker, seed=self._seed)
+        return self._again
+
+    def _pass_over(self, passed: Basis) -> None:
+        """The loop went on without a gradient: these batches come back if it was for being late."""
+        is_late = self._worker.pass_over(samples=passed.samples, batches=passed.batches)
+        if self._again is not None:
+            self._again.judged(is_late=is_late)
+
+    def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
         basis = self._drawn.take(samples, is_vain=self._is_late)
         self._groups.check()
@@ -121,13 +156,28 @@ class Computing:
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)
         self._flat.buffers.pack(self._buffers)
         self._worker.handed += basis.samples - basis.drawn
+        total, peak, added = basis.samples, packed.peak, None
+        if self._carried is not None:
+            if not any(packed.presence):
+                peak = math.inf  # given up before there was a gradient: not to be carried
+            elif (added := self._carried.add_in(self._worker.version, total)) is not None:
+                total, peak = added
+        version, carries = self._worker.version, added is not None
         verdict = self._worker.push(
-            peak=packed.peak,
-            samples=basis.samples,
+            peak=peak,
+            samples=total,
             loss=loss,
             data_s=basis.data_s,
             fingerprint=self._fingerprint(),
+            batches=basis.batches,
+            carries=carries,
+            cost=cost,
         )
+        is_late = not verdict.accepted and math.isfinite(peak)
+        if self._again is not None:
+            self._again.judged(is_late=is_late)
+        if self._carried is not None:
+            self._carried.judged(version, total, peak, is_late=is_late, carries=carries)
         self._pull()
         return verdict
 
@@ -158,6 +208,10 @@ class Computing:
             self._groups.check()
             self._schedule.follow(self.version)
             self._groups.reset()
+
+    def samples(self) -> dict[str, Any]:
+        """The root keeps the accounts."""
+        return {}
 
     def _is_late(self) -> bool:
         return self._place.policy.staleness == 0 and self._worker.is_stale()

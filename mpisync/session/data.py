@@ -2,14 +2,17 @@
 
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
 from mpisync.session.samples import count_samples
 from mpisync.session.seeds import Stream, seed_everything
-from mpisync.session.shards import Share, draws_by_default, share_of
+from mpisync.session.shards import Claims, Share, draws_by_default, share_of
+
+Claim = Callable[[int], tuple[int, int] | None]
+"""Claims the next batch of a pool that has so many an epoch: its epoch and number; None when it is empty."""
 
 
 class Source(Protocol):
@@ -59,6 +62,35 @@ class SharedList:
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
         """Yield the worker's batches, in the list's order in every epoch."""
         return iter(self._batches[skip:])
+
+
+class ClaimedLoader:
+    """A DataLoader whose samplers torch chose: every worker claims batches of one pool, until it is empty."""
+
+    length: int | None = None
+
+    def __init__(self, loader: DataLoader[Any], worker: int, seed: int, claim: Claim) -> None:
+        self._claims = Claims(loader, worker, seed, claim)
+        self._loader = share_of(loader, self._claims)
+
+    def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
+        """Yield all batches that this worker is to have."""
+        self._claims.begin(epoch, sequence, skip)
+        yield from self._loader
+
+
+class ClaimedList:
+    """A plain list or tuple of batches, of which every worker claims one at a time."""
+
+    length: int | None = None
+
+    def __init__(self, batches: Sequence[Any], claim: Claim) -> None:
+        self._batches, self._claim = batches, claim
+
+    def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
+        """Yield all batches that this worker is to have."""
+        while (lot := self._claim(len(self._batches))) is not None:
+            yield self._batches[lot[1]]
 
 
 class OwnIterable:
@@ -122,8 +154,38 @@ def shard(loader: Iterable[Any], worker: int, workers: int, seed: int) -> Source
     return OwnIterable(loader, worker, seed)
 
 
+def batches_an_epoch(loader: Iterable[Any]) -> int:
+    """How many batches a pool has in each epoch of `loader`.
+
+    Raises:
+        ValueError: It has none, or decides itself what each worker draws.
+    """
+    if isinstance(loader, DataLoader) and draws_by_default(loader):
+        batches = Share(loader, 0, 1, 0).count(0)
+    elif isinstance(loader, list | tuple):
+        batches = len(loader)
+    else:
+        raise ValueError(
+            "on_late='requeue' deals batches out itself, so it needs a list of batches or a DataLoader with the "
+            f"samplers that torch makes (shuffle= and batch_size=); this {type(loader).__name__} draws in a way of its "
+            "own: use on_late='retry', which gives a late batch back to its own worker"
+        )
+    if not batches:
+        raise ValueError(_nothing(0))
+    return batches
+
+
+def pooled(loader: Iterable[Any], worker: int, seed: int, claim: Claim) -> Source:
+    """Return a worker's part of a pool of `loader`'s batches."""
+    batches_an_epoch(loader)
+    if isinstance(loader, DataLoader):
+        return ClaimedLoader(loader, worker, seed, claim)
+    assert isinstance(loader, Sequence)
+    return ClaimedList(loader, claim)
+
+
 class Batches:
-    """Iterates for ever over a worker's share: yields (batch, sequence).
+    """Iterates over a worker's share for ever, or over what it claims: yields (batch, sequence).
 
     Before each batch is handed out the global generators of torch, NumPy and random are seeded
     from (seed, worker, sequence), so that the same three give the same computation again.
@@ -133,6 +195,7 @@ class Batches:
         worker: This worker's number.
         workers: How many workers share the data.
         seed: The run's seed, the same on all workers.
+        claim: Where batches come from a pool, claims the next one.
         start: Sequence of the first batch to hand out.
         skip: How many batches come before it in the data; `start` unless given. A loader that
             cannot be entered in the middle draws and drops so many.
@@ -151,11 +214,14 @@ class Batches:
         worker: int,
         workers: int,
         seed: int,
+        claim: Claim | None = None,
         start: int = 0,
         skip: int | None = None,
     ) -> None:
-        source = shard(loader, worker, workers, seed)
-        self._drawn = _draw(source, start, start if skip is None else skip)
+        if claim is not None:
+            self._drawn = _draw_claimed(pooled(loader, worker, seed, claim), start)
+        else:
+            self._drawn = _draw(shard(loader, worker, workers, seed), start, start if skip is None else skip)
         self._worker = worker
         self._seed = seed
         self.data_s = 0.0
@@ -198,6 +264,12 @@ def _draw(source: Source, start: int, skip: int) -> Generator[tuple[Any, int], N
         if sequence == began:
             raise ValueError(_nothing(epoch))
         offset = 0
+
+
+def _draw_claimed(source: Source, start: int) -> Generator[tuple[Any, int], None, None]:
+    """Yield what can be claimed, each batch with its sequence, from `start`."""
+    for sequence, batch in enumerate(source.epoch(0, start, 0), start):
+        yield batch, sequence
 
 
 def _nothing(epoch: int) -> str:

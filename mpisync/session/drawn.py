@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from mpisync.session.again import Again
 from mpisync.session.data import Batches
 
 _MANY_BATCHES = 100  # without a step: it seems to be forgotten
@@ -19,6 +20,7 @@ class Basis(NamedTuple):
     samples: int  # that it is the mean of, as the loop says where it says so
     drawn: int  # samples in its batches
     data_s: float  # waited for them
+    batches: int
 
 
 class Drawn:
@@ -39,7 +41,7 @@ class Drawn:
     def _forget(self) -> None:
         self._batches, self._samples, self._data_s = 0, 0, 0.0
 
-    def add(self, data: Batches) -> None:
+    def add(self, data: Batches | Again) -> None:
         """Take note of the newest batch."""
         self._batches += 1
         self._samples += data.batch_samples
@@ -58,9 +60,15 @@ class Drawn:
                 "it: call it after loss.backward(), for every batch or for every few",
                 stacklevel=3,
             )
-        if self._batches and not self.has_gradient():
-            self._forget()
         return self._batches > 0
+
+    def passed(self) -> Basis | None:
+        """What the loop passed over, now that it asks for the next batch; None where there is a gradient."""
+        if not self._batches or self.has_gradient():
+            return None
+        basis = Basis(self._samples, self._samples, self._data_s, self._batches)
+        self._forget()
+        return basis
 
     def take(self, samples: int | None, *, is_vain: Callable[[], bool] = bool) -> Basis:
         """End a gradient: the next batch begins another.
@@ -79,7 +87,8 @@ class Drawn:
             raise RuntimeError(
                 "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"
             )
-        basis = Basis(self._samples if samples is None else samples, self._samples, self._data_s)
+        own = self._samples if samples is None else samples
+        basis = Basis(own, self._samples, self._data_s, self._batches)
         if basis.samples < 1:
             raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")
         self._forget()

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from mpisync.session.extent import Extent
 from mpisync.session.flat import FlatModel
 
 Averages = Sequence[tuple[nn.Parameter, Tensor]]
@@ -22,6 +23,7 @@ class Ended:
         version: The final one.
         makes_updates: Whether this rank's optimizer made them.
         averages: Each parameter with its average; None where none was kept.
+        samples: What a run that goes on from here needs to know of the samples.
     """
 
     def __init__(
@@ -31,15 +33,21 @@ class Ended:
         version: int,
         makes_updates: bool,
         averages: Averages | None,
+        samples: dict[str, Any],
     ) -> None:
         self.worker, self.workers, self.version = worker, workers, version
         self.makes_updates, self.averages = makes_updates, averages
+        self._samples = samples
 
-    def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
+    def samples(self) -> dict[str, Any]:
+        """Every worker's account and place in the data, as they were at the end."""
+        return self._samples
+
+    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
         """No batch follows."""
         raise RuntimeError("the session has ended: its loop belongs inside the `with`; make another session")
 
-    def step(self, loss: float, samples: int | None) -> NoReturn:
+    def step(self, loss: float, samples: int | None, cost: float) -> NoReturn:
         """No step follows."""
         raise RuntimeError("the session has ended: call session.step inside session.batches only")
 

@@ -60,6 +60,8 @@ class Joint:
             "weight": settings.weight,
             "ema": settings.ema,
             "own_copy": settings.own_copy,
+            "on_late": settings.on_late,
+            "late_limit": settings.late_limit,
         }
         content = json.dumps([said, self.flat.signature().decode()])
         self.place = Place(comm, Claim(content), _differ, layout, published, settings.policy)

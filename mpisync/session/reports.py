@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import mpisync
 from mpisync.aggregation.members import Account
 from mpisync.policies import ArrivalRecord, RecordWriter, Replay, RunEnd, RunHeader, StepRecord
 from mpisync.session.progress import Progress
+from mpisync.session.summary import summary
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
@@ -18,7 +20,13 @@ if TYPE_CHECKING:
 
 def _recorded(settings: Settings) -> dict[str, Any]:
     """What an update depends on, beside the model and the seed."""
-    return {"weight": settings.weight, "clip_norm": settings.clip_norm, "ema": settings.ema}
+    return {
+        "weight": settings.weight,
+        "clip_norm": settings.clip_norm,
+        "ema": settings.ema,
+        "on_late": settings.on_late,
+        "late_limit": settings.late_limit,
+    }
 
 
 def check_replay(settings: Settings) -> None:
@@ -94,9 +102,19 @@ class Reports:
         if self._progress is not None:
             self._progress.close()
 
-    def end(self, version: int, failure: str, arrivals: Sequence[ArrivalRecord], accounts: Sequence[Account]) -> None:
+    def end(
+        self,
+        version: int,
+        failure: str,
+        arrivals: Sequence[ArrivalRecord],
+        accounts: Sequence[Account],
+        by_cost: Mapping[int, Account],
+        peak_rss_bytes: Sequence[int],
+    ) -> None:
         """Everyone has left: say what became of the last gradients and of all samples, and close the record."""
         self._write_header(None)  # where the loop was never begun
+        if self._progress is not None:
+            print(summary(accounts, by_cost), file=sys.stderr, flush=True)
         if self._writer is not None:
             self._writer.end(
                 RunEnd(
@@ -107,6 +125,8 @@ class Reports:
                     used=[account.used for account in accounts],
                     discarded=[account.discarded for account in accounts],
                     lost=[account.lost for account in accounts],
+                    requeued=[account.requeued for account in accounts],
+                    peak_rss_bytes=list(peak_rss_bytes),
                 )
             )
             self._writer.close()

@@ -12,17 +12,22 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mpisync.aggregation.late import Requeue
+from mpisync.aggregation.members import Account
 from mpisync.aggregation.steps import ClosedStep
 from mpisync.session.advice import advice_on
 from mpisync.session.described import cores_of, described
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of, leave_root
+from mpisync.session.extent import Extent
 from mpisync.session.flat import FlatModel
 from mpisync.session.joint import Joint
+from mpisync.session.pooling import late_work, pool_of
 from mpisync.session.reports import Reports
 from mpisync.session.schedule import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.session.update import Update
+from mpisync.transport.peers import peak_rss_bytes
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
@@ -67,7 +72,8 @@ class Serving:
             self._averages,
         )
         self._schedule = Schedule(settings.scheduler, optimizer)
-        self._root = self._place.root(weighted=settings.weight == "samples")
+        self._late = late_work(settings.on_late, settings.late_limit)
+        self._root = self._place.root(weighted=settings.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
         self._warned = self._has_served = False
         assert reports is not None  # else Joint has raised the problem
@@ -88,11 +94,15 @@ class Serving:
         """How many updates the parameters have had."""
         return self._root.version
 
-    def batches(self, loader: Iterable[Any], steps: int | None) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
         self._has_served = True
-        self._reports.begin(steps)
-        for closed in self._root.serve(steps):
+        for member, account in zip(self._root.members, extent.accounts(self.workers), strict=False):
+            member.account = Account(**account)
+        if isinstance(self._late, Requeue):
+            self._late.pool = pool_of(loader, extent, self._root.policy, self.workers)
+        self._reports.begin(extent.steps)
+        for closed in self._root.serve(extent.steps):
             self._take(closed)
             self._schedule.advance(closed.loss)
             self._reports.step(closed.publish())
@@ -129,7 +139,11 @@ class Serving:
                     stacklevel=2,
                 )
 
-    def step(self, loss: float, samples: int | None) -> NoReturn:
+    def samples(self) -> dict[str, Any]:
+        """Every worker's account and place in the data."""
+        return self._late.state(self._root.members)
+
+    def step(self, loss: float, samples: int | None, cost: float) -> NoReturn:
         """The root has no batches, so nothing to step from."""
         raise RuntimeError("session.step is a worker's: call it inside session.batches only")
 
@@ -167,8 +181,14 @@ class Serving:
         finally:
             self._flat.unbind()
             self._threads.restore()
-            members, ledger = self._root.members, self._root.ledger
-            self._reports.end(self.version, failure_of(error), ledger.arrivals, [m.account for m in members])
+            self._reports.end(
+                self.version,
+                failure_of(error),
+                self._root.ledger.arrivals,
+                [member.account for member in self._root.members],
+                self._late.by_cost,
+                [*(member.peak_rss_bytes for member in self._root.members), peak_rss_bytes()],
+            )
         if absence is not None:
             raise absence
 

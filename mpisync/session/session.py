@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from mpi4py import MPI
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from mpisync.session.alone import Alone
 from mpisync.session.computing import Computing
 from mpisync.session.ended import Ended, averaged_state
 from mpisync.session.ends import check_communicator, chosen_policy
+from mpisync.session.extent import Extent
 from mpisync.session.flat import FlatModel
 from mpisync.session.serving import Serving
 from mpisync.transport.rendezvous import check_launcher
 
 _T = TypeVar("_T")
+OnLate = Literal["discard", "retry", "carry", "requeue"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Settings:
     record: str | None
     on_step: Callable[[StepRecord], object] | None
     progress: bool
+    on_late: OnLate
+    late_limit: int
 
 
 class Session:
@@ -65,7 +69,14 @@ class Session:
         record: A file for one JSON line a step; `Replay` reads it.
         on_step: Called at the root with every step's `StepRecord`. Under plain SGD, which updates while it
             averages, parameters have no ``.grad`` there.
-        progress: Whether the root prints a progress line.
+        progress: Whether the root prints a progress line, and at the end what became of the samples.
+        on_late: What becomes of late gradients' samples. "discard": nothing more. "retry": the loop is given the same
+            batches again, to compute on the newest parameters. "carry": the late gradient is added to the worker's
+            next one, so that updates have stale parts; workers keep their own copy of the parameters. "requeue": the
+            batches go back to a pool that deals out each epoch to all workers, so that every sample is used once in
+            each, whoever is slow. Gradients with NaN or Inf are discarded in any case.
+        late_limit: How often in a row "retry" gives the same batches again; how many versions old "carry" lets a
+            gradient become.
 
     Attributes:
         average: After the `with`, the moving average for ``model.load_state_dict``: the model's
@@ -105,6 +116,8 @@ class Session:
         record: str | None = None,
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
+        on_late: OnLate = "discard",
+        late_limit: int = 3,
     ) -> None:
         check_communicator(comm)
         if weight not in ("equal", "samples"):
@@ -113,10 +126,14 @@ class Session:
             raise ValueError(f"ema must lie between 0 and 1, as a decay does, not {ema}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be greater than 0, not {clip_norm}")
+        if on_late not in get_args(OnLate):
+            raise ValueError(f"on_late must be one of {', '.join(map(repr, get_args(OnLate)))}, not {on_late!r}")
+        if late_limit < 1:
+            raise ValueError(f"late_limit must be at least 1, not {late_limit}; on_late='discard' gives late work up")
         self._comm, self._model, self._optimizer = comm, model, optimizer
         self._settings = Settings(
             chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
-            on_step, progress,
+            on_step, progress, on_late, late_limit,
         )  # fmt: skip
         self._role: Alone | Computing | Serving | Ended | None = None
         self._has_batches = False
@@ -144,7 +161,9 @@ class Session:
             if role.averages is not None:
                 self.average = averaged_state(self._model, role.averages)
         finally:
-            self._role = Ended(role.worker, role.workers, role.version, role.makes_updates, role.averages)
+            self._role = Ended(
+                role.worker, role.workers, role.version, role.makes_updates, role.averages, role.samples()
+            )
 
     @property
     def _active(self) -> Alone | Computing | Serving | Ended:
@@ -154,8 +173,15 @@ class Session:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def batches(self, loader: Iterable[Any], *, steps: int | None = None) -> Iterator[Any]:
-        """Yield this worker's batches until the parameters have had `steps` updates.
+    def batches(
+        self,
+        loader: Iterable[Any],
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        resume: Mapping[str, Any] | None = None,
+    ) -> Iterator[Any]:
+        """Yield this worker's batches until the parameters have had `steps` updates, or the samples are used up.
 
         The loader is shared out among the workers and gone through again and again; on the root
         nothing is yielded. `step` follows each batch, or each few: gradients accumulate in between,
@@ -164,7 +190,12 @@ class Session:
         Args:
             loader: A DataLoader, a list of batches, or any iterable of batches. A sampler of your
                 own, and an iterable other than a list, are taken as they are.
-            steps: How many versions to make; without it, until `stop`.
+            steps: How many versions to make; without it and `epochs`, until `stop`.
+            epochs: How many times every sample is used; under ``on_late="requeue"`` only. The last updates may take
+                fewer gradients than others, where samples run out.
+            resume: ``state_dict()["samples"]`` of an earlier run's root: go on at its place in the data, with its
+                accounts. What was in flight then is handed out again. Load the model and the optimizer before Session;
+                versions count from 0.
 
         Raises:
             RuntimeError: This is a second loop; at the end of the `with`: the root had none.
@@ -175,12 +206,14 @@ class Session:
                 "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
                 "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
             )
-        if steps is not None and steps < 0:
-            raise ValueError(f"steps must not be negative, but it is {steps}")
+        extent = Extent(steps, epochs, resume)
+        extent.check(self._settings.on_late, self._settings.seed)
         self._has_batches = True
-        return self._active.batches(loader, steps)
+        return self._active.batches(loader, extent)
 
-    def step(self, loss: Tensor | float | None = None, *, samples: int | None = None) -> Verdict:
+    def step(
+        self, loss: Tensor | float | None = None, *, samples: int | None = None, cost: float | None = None
+    ) -> Verdict:
         """Send the gradient that `backward` left, wait for its verdict, and take the newest parameters.
 
         Several batches make one gradient where `step` comes after the last of them only: as it has
@@ -189,12 +222,16 @@ class Session:
         Args:
             loss: The batch's loss, for records and reports.
             samples: How many samples it is the mean of; counted from the batches otherwise.
+            cost: What one of its batches costs to compute on, in any unit, such as the length of its sequences. The end
+                of the run tells how much was dropped of cheap and of dear ones.
 
         Returns:
             Whether the gradient was accepted, and if not, why.
         """
         value = float(loss.detach() if isinstance(loss, Tensor) else math.nan if loss is None else loss)
-        return self._active.step(value, samples)
+        if cost is not None and not 0 < cost < math.inf:
+            raise ValueError(f"cost must be finite and greater than 0, not {cost}")
+        return self._active.step(value, samples, math.nan if cost is None else float(cost))
 
     def stale(self) -> bool:
         """Whether this computation's step has closed, so that going on with it is vain."""
@@ -255,12 +292,15 @@ class Session:
         return fn(self.snapshot(average=average))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the newest version and the model's state; on the root the optimizer's and scheduler's too."""
+        """Return the newest version and the model's state; on the root the optimizer's, scheduler's, samples' too."""
         twin, version = self._copied()
         state: dict[str, Any] = {"version": version, "model": twin.state_dict()}
         if self._active.makes_updates:
             state["optimizer"] = self._optimizer.state_dict()
             if self._settings.scheduler is not None:
                 state["scheduler"] = self._settings.scheduler.state_dict()
+            state["samples"] = {
+                "on_late": self._settings.on_late, "seed": self._settings.seed, **self._active.samples()
+            }  # fmt: skip
         return state
 

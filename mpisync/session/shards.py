@@ -1,7 +1,8 @@
-"""Which samples of a data set are a worker's: its own share of every epoch's permutation."""
+"""Which samples of a data set are a worker's: its own share of every epoch's permutation, or what it claims of it."""
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Share:
         return self.count(self.worker)
 
     def __iter__(self) -> Iterator[Request]:
-        share = self._order()[self.worker :: self.workers]
+        share = self._order(self.epoch)[self.worker :: self.workers]
         size = self.batch_size or 1
         for batch in range(self.skip, len(self)):
             indices = share[batch * size : (batch + 1) * size].tolist()
@@ -90,12 +91,40 @@ class Share:
                 self.sequence + batch, indices if self.batch_size is not None else indices[0]
             )
 
-    def _order(self) -> torch.Tensor:
+    def _order(self, epoch: int) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.samples)
         generator = torch.Generator()
-        generator.manual_seed(derive(self.seed, 0, self.epoch, Stream.ORDER))
+        generator.manual_seed(derive(self.seed, 0, epoch, Stream.ORDER))
         return torch.randperm(self.samples, generator=generator)
+
+
+class Claims(Share):
+    """The sampler of a worker that claims batch after batch of a pool which all workers share.
+
+    The pool deals numbers of batches; which samples these are follows from the epoch's permutation, which is the same
+    for all. `begin` chooses the sequence of the first one.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], worker: int, seed: int, claim: Callable[[int], tuple[int, int] | None]
+    ) -> None:
+        super().__init__(loader, worker, 1, seed)
+        self._claim = claim
+        self._epoch_order = functools.lru_cache(2)(self._order)  # what comes back is of this epoch or the one before
+
+    def __len__(self) -> int:
+        return self.count(0)
+
+    def __iter__(self) -> Iterator[Request]:
+        size = self.batch_size or 1
+        for sequence in itertools.count(self.sequence):
+            lot = self._claim(len(self))
+            if lot is None:
+                return
+            epoch, batch = lot
+            indices = self._epoch_order(epoch)[batch * size : (batch + 1) * size].tolist()
+            yield Request(sequence, indices if self.batch_size is not None else indices[0])
 
 
 def draws_by_default(loader: DataLoader[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class Peer:
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+
+def peak_rss_bytes() -> int:
+    """The largest memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

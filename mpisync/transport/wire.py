@@ -8,6 +8,7 @@ before use; nothing is ever unpickled.
 from __future__ import annotations
 
 import enum
+import math
 import struct
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class Kind(enum.IntEnum):
     """What a worker says in a header."""
 
     READY = 6  # about to begin; the reply says at which version
+    CLAIM = 7  # which batch is next? The reply says
+    PASS = 8  # batches were drawn, and the loop went on without a gradient
     GRADIENT = 1  # a gradient is ready
     LEAVE = 2  # this worker contributes nothing more
     STOP = 3  # end the training everywhere
@@ -49,11 +52,11 @@ class Status(enum.IntEnum):
     ACCEPTED = 1
     LATE = 2
     REJECTED = 3
-    NOTED = 4  # LEAVE, STOP, FAIL, BYE: heard
+    NOTED = 4  # heard, where there is nothing to judge
 
 
-_HEADER = struct.Struct("<QB3xiqqqqqddddQd160s")
-_REPLY = struct.Struct("<QBBHiqqqqqdii416s")
+_HEADER = struct.Struct("<QB3xiqqqqqddddQdiidq160s")
+_REPLY = struct.Struct("<QBBHiqqqqqdiiqq400s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
 
@@ -75,6 +78,10 @@ class Header(NamedTuple):
     stamp_s: float  # CLOCK_MONOTONIC when the gradient was complete
     fingerprint: int
     peak: float = 0.0  # the largest magnitude in the gradient; inf where it has NaN or Inf
+    batches: int = 0  # that it was computed from, or that were passed over
+    carries: int = 0  # whether this worker's late gradients are added in
+    cost: float = math.nan  # what the loop says a batch of it costs
+    peak_rss_bytes: int = 0
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview) -> None:
@@ -82,7 +89,8 @@ class Header(NamedTuple):
         _HEADER.pack_into(
             buffer, 0, self.incarnation, self.kind, self.worker, self.ordinal,
             self.sequence, self.version, self.samples, self.handed, self.loss, self.compute_s,
-            self.data_s, self.stamp_s, self.fingerprint, self.peak, clip_text(self.text, 160),
+            self.data_s, self.stamp_s, self.fingerprint, self.peak, self.batches, self.carries, self.cost,
+            self.peak_rss_bytes, clip_text(self.text, 160),
         )  # fmt: skip
 
     @classmethod
@@ -107,6 +115,8 @@ class Reply(NamedTuple):
     waited_s: float = 0.0  # from arrival to verdict
     first: int = 0
     blocks: int = 0
+    epoch: int = -1  # of the batch that was claimed
+    batch: int = -1  # its number in the epoch's order; -1: there is none left
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
@@ -114,7 +124,7 @@ class Reply(NamedTuple):
         _REPLY.pack_into(
             buffer, offset, self.incarnation, self.say, self.status, 0, self.worker, self.ordinal,
             self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
-            self.blocks, clip_text(self.text, 416),
+            self.blocks, self.epoch, self.batch, clip_text(self.text, 400),
         )  # fmt: skip
 
     @classmethod

@@ -1,0 +1,174 @@
+"""The pool of an epoch's batches: whoever claims one has it, and what did not count comes back.
+
+A lot is one batch of one epoch's order, which every worker can work out by itself, so that only two numbers travel. It
+is *fresh* until somebody claims it, *out* while at least one worker holds it, and then *used*, or *returned*, to be
+claimed before any fresh one. Used is for ever: whoever still holds a used lot holds nothing.
+
+A lot may be out with several workers, since one that hangs gives nothing back: another gets it too where its holder is
+so far behind that it will be late, and where nothing else is left. The first accepted gradient of it uses it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+
+class Lot(NamedTuple):
+    """One batch: which of which epoch's order."""
+
+    epoch: int
+    batch: int
+
+
+class Pool:
+    """Deals the batches of epoch after epoch.
+
+    Args:
+        batches: How many an epoch has.
+        epochs: How many epochs there are; None for any number.
+        state: What `state` returned, to go on from there.
+
+    Example:
+        >>> pool = Pool(batches=2, epochs=1)
+        >>> first, second = pool.claim(0), pool.claim(1)
+        >>> pool.give_back(1, pool.take(1, 1))  # it came too late
+        >>> pool.use(pool.take(0, 1))
+        >>> pool.claim(0) == second, pool.remaining
+        (True, 1)
+    """
+
+    def __init__(self, batches: int, epochs: int | None = None, state: dict[str, Any] | None = None) -> None:
+        self.batches, self._epochs = batches, epochs
+        self._fresh = Lot(0, 0)
+        self._returned: list[Lot] = []
+        if state is not None:
+            self._fresh = Lot(*state["fresh"])
+            self._returned = sorted(Lot(*lot) for lot in state["returned"])
+        self._out: dict[Lot, set[int]] = {}  # who holds it, in order of first claims
+        self._held: dict[int, deque[Lot]] = {}  # by each worker, in order of its claims; used ones too
+
+    @property
+    def remaining(self) -> int | None:
+        """How many lots are not used; None where there is no end to them."""
+        if self._epochs is None:
+            return None
+        fresh = (self._epochs - self._fresh.epoch) * self.batches - self._fresh.batch
+        return max(fresh, 0) + len(self._returned) + len(self._out)
+
+    def claim(self, worker: int, behind: Iterable[int] = ()) -> Lot | None:
+        """Give a worker the next lot; None where there is none that it could use.
+
+        Args:
+            worker: Who claims it.
+            behind: Workers that compute at parameters so old that their gradients will be late.
+        """
+        lot = self._late_for_sure(worker, behind)
+        if lot is None and self._returned:
+            lot = heapq.heappop(self._returned)
+        if lot is None and (self._epochs is None or self._fresh.epoch < self._epochs):
+            lot = self._fresh
+            is_last = lot.batch + 1 == self.batches
+            self._fresh = Lot(lot.epoch + 1, 0) if is_last else Lot(lot.epoch, lot.batch + 1)
+        if lot is None:
+            others = [(len(holders), lot) for lot, holders in self._out.items() if worker not in holders]
+            lot = min(others)[1] if others else None
+        if lot is not None:
+            self._out.setdefault(lot, set()).add(worker)
+            self._held.setdefault(worker, deque()).append(lot)
+        return lot
+
+    def _late_for_sure(self, worker: int, behind: Iterable[int]) -> Lot | None:
+        """The lot that such a worker computes on, unless another has it already."""
+        for other in behind:
+            lot = next((lot for lot in self._held.get(other, ()) if lot in self._out), None)
+            if lot is not None and self._out[lot] == {other} and other != worker:
+                return lot
+        return None
+
+    def take(self, worker: int, count: int) -> list[Lot]:
+        """Take the first `count` lots from a worker's hands: it has computed on them, or passed them over."""
+        held = self._held.get(worker, deque())
+        return [held.popleft() for _ in range(min(count, len(held)))]
+
+    def is_used(self, lots: Iterable[Lot]) -> bool:
+        """Whether any of these, which were out, is used meanwhile."""
+        return any(lot not in self._out for lot in lots)
+
+    def use(self, lots: Iterable[Lot]) -> None:
+        """They count: nobody else's copy of them will."""
+        for lot in lots:
+            self._out.pop(lot, None)
+
+    def restore(self, lots: Iterable[Lot]) -> None:
+        """Used lots did not count after all."""
+        for lot in lots:
+            heapq.heappush(self._returned, lot)
+
+    def give_back(self, worker: int, lots: Iterable[Lot]) -> None:
+        """They did not count: others may claim them, if they have not done so."""
+        for lot in lots:
+            holders = self._out.get(lot, set())
+            holders.discard(worker)
+            if lot in self._out and not holders:
+                del self._out[lot]
+                heapq.heappush(self._returned, lot)
+
+    def give_up(self, worker: int, lots: Collection[Lot]) -> None:
+        """They will never count, unless somebody else holds them too."""
+        self.give_back(worker, lots)
+        self._returned = [lot for lot in self._returned if lot not in lots]
+        heapq.heapify(self._returned)
+
+    def leave(self, worker: int) -> None:
+        """A worker claims nothing more: what it holds comes back."""
+        self.give_back(worker, self._held.pop(worker, ()))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is not used, in numbers and lists; what is out now will be claimed again."""
+        return {"fresh": list(self._fresh), "returned": [list(lot) for lot in sorted([*self._returned, *self._out])]}
+
+
+class Script(Pool):
+    """Deals what a record says, so that its replay computes on the same batches.
+
+    Args:
+        lots: Those of each worker's gradients, in order.
+
+    Example:
+        >>> script = Script(2, [[[Lot(0, 1)]], []])
+        >>> script.claim(0), script.claim(0)
+        (Lot(epoch=0, batch=1), None)
+    """
+
+    def __init__(self, batches: int, lots: Sequence[Sequence[Sequence[Lot]]]) -> None:
+        super().__init__(batches)
+        self._due = [deque(lot for gradient in own for lot in gradient) for own in lots]
+        self._gradients = [deque(map(list, own)) for own in lots]
+
+    def claim(self, worker: int, behind: Iterable[int] = ()) -> Lot | None:
+        """Give a worker the lot that it had in the recorded run."""
+        own = self._due[worker]
+        return own.popleft() if own else None
+
+    def take(self, worker: int, count: int) -> list[Lot]:
+        """What the worker's next gradient was computed from.
+
+        Raises:
+            RuntimeError: In the recorded run it was computed from more batches, or from fewer.
+        """
+        own = self._gradients[worker]
+        lots = own.popleft() if own else []
+        if len(lots) != count:
+            raise RuntimeError(
+                f"the replay left its record: worker {worker}'s gradient comes from {count} batches and is recorded "
+                f"with {len(lots)}; a loop that passes batches over cannot be replayed under on_late='requeue'"
+            )
+        return lots
+
+    def is_used(self, lots: Iterable[Lot]) -> bool:
+        """The record's verdicts are the replay's."""
+        return False

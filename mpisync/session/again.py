@@ -1,0 +1,67 @@
+"""A late gradient's batches, once more."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mpisync.session.data import Batches
+from mpisync.session.seeds import Stream, seed_everything
+
+
+class _Handed(NamedTuple):
+    batch: Any
+    sequence: int
+    samples: int
+
+
+class Again:
+    """Batches that are handed out again where their gradient was late.
+
+    They come in the same order and under the same random numbers, so that only the parameters differ. A loop that
+    changes a batch in place gets the changed one.
+
+    Args:
+        batches: Where new ones come from.
+        limit: How often in a row the same ones are handed out again.
+        worker: This worker's number.
+        seed: The run's.
+
+    Attributes:
+        data_s: Seconds that the caller waited for the newest batch.
+        batch_samples: Samples in the newest batch.
+    """
+
+    def __init__(self, batches: Batches, limit: int, *, worker: int, seed: int) -> None:
+        self._batches, self._limit = batches, limit
+        self._worker, self._seed = worker, seed
+        self._handed: list[_Handed] = []  # since the last gradient
+        self._next: list[_Handed] = []
+        self._times = 0
+        self.data_s = 0.0
+        self.batch_samples = 0
+
+    def __iter__(self) -> Again:
+        return self
+
+    def __next__(self) -> tuple[Any, int]:
+        if self._next:
+            handed = self._next.pop(0)
+            self.data_s, self.batch_samples = 0.0, handed.samples
+            seed_everything(self._seed, self._worker, handed.sequence, Stream.LOOP)
+        else:
+            batch, sequence = next(self._batches)
+            self.data_s, self.batch_samples = self._batches.data_s, self._batches.batch_samples
+            handed = _Handed(batch, sequence, self.batch_samples)
+        self._handed.append(handed)
+        return handed.batch, handed.sequence
+
+    def judged(self, *, is_late: bool) -> None:
+        """Take note of what became of the batches handed out since the last time."""
+        self._times = self._times + 1 if is_late and self._times < self._limit else 0
+        if self._times:
+            self._next = [*self._handed, *self._next]
+        self._handed = []
+
+    def close(self) -> None:
+        """Let the loader go."""
+        self._batches.close()

@@ -1,0 +1,65 @@
+"""How far a session's loop goes, and where it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_FIELDS = ("on_late", "seed", "accounts")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What `Session.batches` was asked for.
+
+    Attributes:
+        steps: How many versions to make; None for no limit.
+        epochs: How many times each sample is used; None for no limit.
+        resume: What `Session.state_dict` said of the samples of the run that goes on; None for a new one.
+    """
+
+    steps: int | None
+    epochs: int | None
+    resume: Mapping[str, Any] | None
+
+    def check(self, on_late: str, seed: int) -> None:
+        """Raise TypeError or ValueError for what cannot be."""
+        for name, number in (("steps", self.steps), ("epochs", self.epochs)):
+            if number is not None and number < 0:
+                raise ValueError(f"{name} must not be negative, but it is {number}")
+        if self.epochs is not None and on_late != "requeue":
+            raise ValueError(
+                f"epochs are counted under on_late='requeue' only, where each sample is used once in each, but on_late "
+                f"is {on_late!r}, which leaves samples out: give steps= instead"
+            )
+        if self.resume is None:
+            return
+        if not isinstance(self.resume, Mapping) or any(name not in self.resume for name in _FIELDS):
+            raise TypeError('resume must be the "samples" of a session\'s state_dict, as its root had them')
+        for name, here in (("on_late", on_late), ("seed", seed)):
+            if self.resume[name] != here:
+                raise ValueError(
+                    f"the run to go on with had {name}={self.resume[name]!r} and this session has {here!r}: its place "
+                    "in the data means nothing here"
+                )
+
+    def accounts(self, workers: int) -> list[Mapping[str, int]]:
+        """Each worker's account so far; empty for a new run."""
+        if self.resume is None:
+            return []
+        accounts: list[Mapping[str, int]] = self.resume["accounts"]
+        if len(accounts) != workers:
+            raise ValueError(
+                f"the run to go on with had {len(accounts)} workers and this one has {workers}: start it with as many"
+            )
+        return accounts
+
+    def handed(self, worker: int, workers: int) -> int:
+        """Samples that the worker was handed before."""
+        accounts = self.accounts(workers)
+        return accounts[worker]["handed"] if accounts else 0
+
+    def batches(self, worker: int) -> int:
+        """Batches whose samples met their fate before."""
+        return 0 if self.resume is None else int(self.resume["accounts"][worker]["batches"])
