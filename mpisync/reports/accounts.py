@@ -83,7 +83,8 @@ def selection_card(figures: Figures, name: str) -> str:
     head = f'{heads}<th class="left">share dropped</th>'
     rows = "".join(_cost_row(selection, row, with_again=bool(again)) for row in range(len(selection.classes)))
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    pale = '<div class="soft">Pale: too few gradients to say.</div>' if selection.is_small.any() else ""
+    has_pale = selection.dropped[selection.is_small].any()
+    pale = '<div class="soft">Pale: too few gradients to say.</div>' if has_pale else ""
     return f"{name}<p>{bias(selection)}</p>{table}{pale}"
 
 

@@ -10,7 +10,7 @@ from mpisync.reports.charts import Line, bars, lines
 from mpisync.reports.columns import ACCEPTED, LATE, REJECTED, VERDICTS
 from mpisync.reports.figures import SPLIT, Curve, Figures
 from mpisync.reports.raster import response_map, verdict_map
-from mpisync.reports.sentences import ending
+from mpisync.reports.sentences import ending, policy_of
 from mpisync.reports.words import count, safe, seconds, share, size
 
 __all__ = [
@@ -46,7 +46,7 @@ _MOST_ROWS = 200  # of a table
 def key_figures(runs: Sequence[Figures], names: Sequence[str]) -> str:
     """Return what runs are compared by, but for what no record tells: a table with a column each; of one, tiles."""
     rows: list[tuple[str, Callable[[Figures], str]]] = [
-        ("Policy", lambda f: safe(f.run.header.policy, 60)),
+        ("Policy", lambda f: policy_of(f.run)),
         ("Workers", lambda f: f"{f.run.header.workers:,}"),
         ("Steps", lambda f: f"{len(f.run):,}"),
         ("Took", lambda f: seconds(f.run.took_s)),

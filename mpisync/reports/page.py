@@ -18,7 +18,7 @@ from mpisync.reports.cards import (
 from mpisync.reports.columns import Run
 from mpisync.reports.facts import facts_card
 from mpisync.reports.figures import Figures, figures
-from mpisync.reports.sentences import comparison, summary
+from mpisync.reports.sentences import comparison, policy_of, summary
 from mpisync.reports.style import STYLE
 from mpisync.reports.words import safe
 
@@ -98,7 +98,7 @@ def _summaries(runs: list[Figures], names: list[str]) -> list[str]:
 
 def _called(runs: list[Figures], names: list[str]) -> list[str]:
     """Return the runs' names with their policies."""
-    return [f"{name} {safe(run.run.header.policy, 40)}" for run, name in zip(runs, names, strict=True)]
+    return [f"{name} {policy_of(run.run)}" for run, name in zip(runs, names, strict=True)]
 
 
 def _body(runs: list[Figures], names: list[str]) -> list[str]:
@@ -133,7 +133,8 @@ def _charts(runs: list[Figures], names: list[str]) -> list[str]:
     parts += ["<h2>Workers</h2>", *(_card(workers_table(run, name)) for run, name in shown)]
     parts += ["<h2>Samples</h2>", *(_card(accounts_card(run, name)) for run, name in shown)]
     if any(run.selection is not None for run, _ in shown):
-        parts += ["<h2>Samples by cost</h2>", *(_card(selection_card(run, name)) for run, name in shown)]
+        cards = [selection_card(run, name) for run, name in shown]
+        parts += ["<h2>Samples by cost</h2>", _grid(cards, "pairs")]
     return parts
 
 

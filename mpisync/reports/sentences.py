@@ -11,9 +11,16 @@ from mpisync.reports.figures import SPLIT, Figures, seconds_to_loss
 from mpisync.reports.selection import AGAIN, Selection
 from mpisync.reports.words import costs, count, many, safe, seconds, share
 
-__all__ = ["bias", "comparison", "ending", "summary"]
+__all__ = ["bias", "comparison", "ending", "policy_of", "summary"]
 
+_NOT_DISCARDED = (*AGAIN, "carry")
 _NOTEWORTHY = 1.5  # times the typical worker's, from which a worker is called slow
+
+
+def policy_of(run: Run) -> str:
+    """Return a run's policy, and what it does with late work if not discard it."""
+    on_late = run.header.settings.get("on_late")
+    return f"{safe(run.header.policy, 60)}{f', on_late={on_late}' if on_late in _NOT_DISCARDED else ''}"
 
 
 def ending(run: Run) -> str:
@@ -49,7 +56,7 @@ def summary(figures: Figures) -> list[str]:
     run = figures.run
     hosts = Counter(run.header.hosts)
     where = safe(run.header.hosts[0]) if len(hosts) == 1 else f"{len(hosts):,} hosts"
-    begin = f"<b>{safe(run.header.policy)}</b> with {many(run.header.workers, 'worker')} on {where}"
+    begin = f"<b>{policy_of(run)}</b> with {many(run.header.workers, 'worker')} on {where}"
     if not len(run):
         return [f"{begin}: no step has closed.", _ended(figures)]
     lines = [

@@ -103,6 +103,7 @@ summary { cursor: pointer; color: var(--soft); }
   h1 { font-size: 16px; } h2 { font-size: 13px; margin: 14px 0 6px; } h3 { font-size: 12px; }
   .card { padding: 8px; } table { font-size: 10.5px; }
   .soft, figcaption, .key, .plot, .tiles dt { font-size: 10px; } td, th { padding: 2px 6px; }
+  .wide { overflow: visible; } thead th { white-space: normal; } td.part { min-width: 50px; }
   .card, figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .tag[class] { color: #fff; }
 }
