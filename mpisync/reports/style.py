@@ -89,7 +89,7 @@ summary { cursor: pointer; color: var(--soft); }
 @media (min-width: 760px) { svg { font-size: 8px; } }
 @media (max-width: 480px) {
   body { padding: 14px 10px 30px; font-size: 15px; } .card { padding: 12px 10px; }
-  th, td { padding: 4px 5px; }
+  th, td { padding: 4px 5px; } thead th { white-space: normal; } td.part { min-width: 60px; }
 }
 @media print {
   :root {

@@ -119,13 +119,13 @@ def many(number: int, what: str) -> str:
 
 
 def costs(first: int, last: int) -> str:
-    """Return which costs classes are of: from the one number up to, but not including, the other.
+    r"""Return which costs classes are of: from the one number up to, but not including, the other.
 
     Example:
-        >>> costs(6, 8), costs(-3, -3), costs(NO_COST, NO_COST), costs(NO_COST, 4)
-        ('64 to 512', '0.125 to 0.25', '0 or less', 'less than 32')
+        >>> [costs(*ends).replace("\xa0", " ") for ends in ((6, 8), (-3, -3), (NO_COST, NO_COST), (NO_COST, 4))]
+        ['64 to 512', '0.125 to 0.25', '0 or less', 'less than 32']
     """
     if last == NO_COST:
-        return "0 or less"
+        return "0 or less".replace(" ", _SPACE)
     begin, end = (f"{2.0**order:,.0f}" if 0 <= order < 40 else f"{2.0**order:.3g}" for order in (first, last + 1))
-    return f"less than {end}" if first == NO_COST else f"{begin} to {end}"
+    return (f"less than {end}" if first == NO_COST else f"{begin} to {end}").replace(" ", _SPACE)
