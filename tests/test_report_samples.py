@@ -150,6 +150,19 @@ def test_samples_per_core_second_need_the_cores(tmp_path):
     assert "Samples per core-second 0.444 – Step" in plain(key_figures([run, unknown], ["A", "B"]))
 
 
+def test_a_process_that_trains_alone_is_one_rank(tmp_path):
+    alone = replace(TOLD, workers=1, hosts=["a"], transports=[])
+    step = StepRecord(0, 0.0, 0.75, 1.0, 1, 1, [(0, 0, 0)], [], samples_used=8)
+    end = replace(END, version=1, arrivals=[], handed=[8], used=[8], discarded=[0], lost=[0], requeued=[0])
+    end = replace(end, peak_rss_bytes=[0, 5_000_000])
+    run = told(tmp_path / "alone", [step], alone, end)
+    assert run.rate_per_rank == run.rate == 8
+    assert "Memory of the root 5 MB Ended" in plain(key_figures([run], [""]))
+    with_root = told(tmp_path / "root", [step], replace(alone, transports=["messages"]), end)
+    before = told(tmp_path / "before", [step], replace(HEADER, workers=1, hosts=["a"]), None)
+    assert with_root.rate_per_rank == before.rate_per_rank == 4
+
+
 # Accounts and memory.
 
 

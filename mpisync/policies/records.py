@@ -33,7 +33,8 @@ class RunHeader:
         root_cores: How many cores the root's process may use.
         root_threads: How many threads torch has there.
         cores: How many cores all ranks together may use; None where some are on another host than the root.
-        transports: How each worker's gradients travel: "shared memory" or "messages".
+        transports: How each worker's gradients travel: "shared memory" or "messages"; none for a process that
+            trains alone, which is its only worker and makes the updates too.
         parameters: How many elements are trained, by dtype.
         parameters_bytes: Their size.
         optimizer: Its name and settings, but for those that are its defaults.

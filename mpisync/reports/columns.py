@@ -82,6 +82,12 @@ class Run:
         return float(self.steps["published_s"][-1] - self.steps["opened_s"][0]) if len(self) else 0.0
 
     @property
+    def ranks(self) -> int:
+        """How many processes there were: the workers and the root, or one that trained alone."""
+        is_alone = self.header.workers == 1 and self.header.root_cores > 0 and not self.header.transports
+        return self.header.workers + (not is_alone)
+
+    @property
     def peak_rss_bytes(self) -> list[int]:
         """The largest memory of each worker's process, then of the root's; 0 where that is not known."""
         known = self.end.peak_rss_bytes if self.end is not None else []

@@ -79,7 +79,7 @@ class Figures:
     @property
     def rate_per_rank(self) -> float:
         """The same per second of each rank, the root included."""
-        return self.rate / (self.run.header.workers + 1)
+        return self.rate / self.run.ranks
 
     @property
     def rate_per_core(self) -> float:
