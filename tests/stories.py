@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from playing import cycling, play
 
-from mpisync.policies import ArrivalRecord, RecordWriter, RunHeader, StepRecord, parse_policy
+from mpisync.policies import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord, parse_policy
 
 HEADER = RunHeader("backup:1", 2, 7, 1.5e9, "0.1.0", ["alpha", "beta"], {"weight": "equal", "ema": None})
 
@@ -40,13 +40,32 @@ STORY = [
     ),
 ]  # fmt: skip
 
+# Worker 0 has a batch in its hands still; worker 1 is late once more, and leaves with another.
+END = RunEnd(
+    version=3, failure="",
+    arrivals=[_came(1, 3, 2, "late", 0.25, 0.0, 0.5, late_by=1)],
+    handed=[32, 40], used=[24, 0], discarded=[0, 32], lost=[0, 8],
+    requeued=[0, 0], peak_rss_bytes=[1_200_000_000, 900_000_000, 2_500_000_000],
+)  # fmt: skip
+# As `HEADER`, with what a session of today tells.
+TOLD = replace(
+    HEADER,
+    command=["train.py", "--lr", "0.1", "--name", "two words"], steps=5,
+    root_host="gamma", root_cores=8, root_threads=4, cores=12, transports=["shared memory", "messages"],
+    parameters={"float32": 25_000_000, "bfloat16": 7}, parameters_bytes=100_000_014,
+    optimizer="SGD(lr=0.1, momentum=0.9)", scheduler="StepLR",
+    versions={"python": "3.11.7", "torch": "2.13.0", "mpi4py": "4.1.2", "MPI": "Open MPI v5.0.11"},
+)  # fmt: skip
 
-def write(path, steps=STORY, header=HEADER):
+
+def write(path, steps=STORY, header=HEADER, end=None):
     """Write a record; return its path."""
     with RecordWriter(path) as writer:
         writer.header(header)
         for step in steps:
             writer.step(step)
+        if end is not None:
+            writer.end(end)
     return path
 
 

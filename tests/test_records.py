@@ -88,6 +88,19 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert read_record(write(tmp_path / "record.jsonl", steps=written)) == (HEADER, written)
 
 
+def test_a_header_tells_what_it_takes_to_repeat_the_run_and_one_of_before_does_not(tmp_path):
+    told = replace(
+        HEADER, command=["train.py", "\ud800"], steps=9, root_host="c", root_cores=8, root_threads=4, cores=24,
+        transports=["messages"] * 3, parameters={"float32": 5}, parameters_bytes=20, optimizer="SGD(lr=0.1)",
+        scheduler="StepLR", versions={"python": "3.11"},
+    )  # fmt: skip
+    path = write(tmp_path / "told.jsonl", told)
+    assert read_record(path) == (told, STEPS)
+    before = ("policy", "workers", "seed", "started_unix_s", "version", "hosts", "settings", "format", "kind", "crc32")
+    edit(path, 1, **{name: "gone" for name in vars(told) if name not in before})
+    assert read_record(path) == (HEADER, STEPS)
+
+
 def test_every_line_is_json_by_the_letter(tmp_path):
     path = write(tmp_path / "record.jsonl", steps=[*STEPS, FULL])
 
@@ -289,6 +302,11 @@ ARRIVAL = vars(STEPS[0].arrivals[0])
         (1, {"hosts": ["a"]}, "line 1: a run has .* 3 workers and 1 hosts"),
         (1, {"hosts": ["a", 1, "b"]}, "line 1: hosts must be str, not 1"),
         (1, {"seed": 1.5}, "line 1: seed must be int, not 1.5"),
+        (1, {"command": "train.py"}, "line 1: command must be list, not 'train.py'"),
+        (1, {"steps": "all"}, "line 1: steps must be int, not 'all'"),
+        (1, {"cores": 1.5}, "line 1: cores must be int, not 1.5"),
+        (1, {"parameters": {"float32": "many"}}, "line 1: parameters.float32 must be int, not 'many'"),
+        (1, {"versions": ["3.11"]}, r"line 1: versions must be object, not \['3.11'\]"),
         (2, {"kind": "note"}, "line 2: every line but the first must be a step's.*'note'"),
         (2, {"step": "0"}, "line 2: step must be int, not '0'"),
         (2, {"step": True}, "line 2: step must be int, not True"),

@@ -10,10 +10,10 @@ from dataclasses import replace
 import browser
 import numpy as np
 import pytest
-from stories import HEADER, STORY, played, write
+from stories import END, STORY, TOLD, played, write
 
 from mpisync.commands import main
-from mpisync.policies import RunHeader
+from mpisync.policies import RunEnd
 from mpisync.reports import Run, page, read_run
 from mpisync.reports.figures import figures
 from mpisync.reports.raster import response_map, verdict_map
@@ -53,6 +53,17 @@ class Outline(html.parser.HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes another"
 
 
+FAILED = RunEnd(0, "rank 1: out of memory", [], handed=[0, 0], used=[0, 0], discarded=[0, 0], lost=[0, 0])
+
+
+def costly():
+    """The story, with a cost for every batch but one."""
+    costs = iter((64.0, 900.0, 0.0, 1e30, None, 65.0))
+    return [
+        replace(step, arrivals=[replace(arrival, cost=next(costs)) for arrival in step.arrivals]) for step in STORY
+    ]
+
+
 def pages(tmp_path):
     """Pages of one run, of several, and of some that have little to show."""
     runs = [read_run(write(tmp_path / "story.jsonl"))]
@@ -69,6 +80,9 @@ def pages(tmp_path):
         "no arrivals": page([read_run(write(tmp_path / "silent.jsonl", silent))]),
         "one step": page([read_run(write(tmp_path / "step.jsonl", STORY[:1]))]),
         "none": page([], ["record x.jsonl is no record"]),
+        "told": page([read_run(write(tmp_path / "told.jsonl", costly(), TOLD, END))]),
+        "told beside": page([read_run(tmp_path / "told.jsonl"), *runs]),
+        "failed": page([read_run(write(tmp_path / "failed.jsonl", [], TOLD, FAILED))]),
     }
 
 
@@ -101,12 +115,18 @@ def test_hostile_strings_change_nothing_but_text(tmp_path):
     def told(number, *strings):
         text = iter(strings * 20)
         header = replace(
-            HEADER, policy=next(text), version=next(text), hosts=[next(text), next(text)],
-            settings={next(text): next(text), "more": [next(text), {next(text): 1}]},
+            TOLD, policy=next(text), version=next(text), hosts=[next(text), next(text)],
+            settings={next(text): next(text), "more": [next(text), {next(text): 1}], "on_late": [next(text)]},
+            command=[next(text), next(text)], root_host=next(text), transports=[next(text), next(text)],
+            parameters={next(text): 10**400}, parameters_bytes=10**400, root_cores=10**400, steps=10**400,
+            optimizer=next(text), scheduler=next(text), versions={next(text): next(text), "MPI": next(text)},
         )  # fmt: skip
         arrivals = [*STORY[2].arrivals[:1], replace(STORY[2].arrivals[1], reason=next(text)), STORY[2].arrivals[2]]
         steps = [*STORY[:2], replace(STORY[2], arrivals=arrivals)]
-        run = read_run(write(tmp_path / f"{number}.jsonl", steps, header))
+        late = replace(END.arrivals[0], reason=next(text))
+        end = replace(END, failure=next(text), arrivals=[late])
+        run = read_run(write(tmp_path / f"{number}.jsonl", steps, header, end))
+        assert not run.notices
         return page([run, run], [next(text)])
 
     plain = Outline(told(0, "a", "b", "c", "d", "e", "f", "g"))
@@ -175,9 +195,15 @@ def long_run(workers, steps):
         "step": step, "worker": worker, "sequence": step, "version": step, "verdict": verdict,
         "arrived_s": opened_s[step] + spent_s, "compute_s": spent_s, "data_s": 0 * spent_s,
         "loss": rng.random(len(step)), "samples": 0 * step + 32, "bytes": 0 * step + 10**7,
+        "cost": rng.integers(1, 2000, len(step)), "own_samples": 0 * step + 32, "counted": verdict == 0,
     }  # fmt: skip
     hosts = [f"node{n:03}" for n in range(workers)]
-    return Run("long.jsonl", RunHeader("backup:5", workers, 0, 1.7e9, "0.1.0", hosts), 0, columns, gradients)
+    handed, used = [32 * steps] * workers, (32 * np.bincount(worker[verdict == 0], minlength=workers)).tolist()
+    discarded = [all_ - own for all_, own in zip(handed, used, strict=True)]
+    end = RunEnd(steps, "", [], handed, used, discarded, [0] * workers, peak_rss_bytes=[10**9] * (workers + 1))
+    header = replace(TOLD, policy="backup:5", workers=workers, hosts=hosts, transports=["messages", "shared memory"])
+    header = replace(header, transports=header.transports * (workers // 2))
+    return Run("long.jsonl", header, 0, columns, gradients, end=end)
 
 
 def test_a_pages_size_does_not_grow_with_the_run():
@@ -238,15 +264,20 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def several(tmp_path):
-    out = tmp_path / "several.html"
-    out.write_text(pages(tmp_path)["several"], encoding="utf-8")
+    return written(tmp_path, "several")
+
+
+def written(tmp_path, name):
+    out = tmp_path / f"{name}.html"
+    out.write_text(pages(tmp_path)[name], encoding="utf-8")
     return out
 
 
 @needs_browser
 @pytest.mark.parametrize(("width", "columns"), [(390, 1), (1280, 2)])
-def test_it_fits_a_phone_and_uses_a_screen(chromium, several, width, columns):
-    chromium.open(several, width=width)
+@pytest.mark.parametrize("name", ["several", "told", "told beside"])
+def test_it_fits_a_phone_and_uses_a_screen(chromium, tmp_path, name, width, columns):
+    chromium.open(written(tmp_path, name), width=width)
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
     across = "getComputedStyle(document.querySelector('.grid.pairs')).gridTemplateColumns.split(' ').length"
     assert chromium.evaluate(across) == columns
@@ -265,9 +296,13 @@ def test_it_fits_a_phone_and_uses_a_screen(chromium, several, width, columns):
 
 @needs_browser
 def test_it_fetches_nothing_and_runs_nothing(chromium, tmp_path, several):
-    header = replace(HEADER, policy=HOSTILE[0], hosts=[HOSTILE[1], HOSTILE[2]], settings={HOSTILE[3]: HOSTILE[5]})
+    header = replace(
+        TOLD, policy=HOSTILE[0], hosts=[HOSTILE[1], HOSTILE[2]], settings={HOSTILE[3]: HOSTILE[5]},
+        command=["train.py", *HOSTILE], optimizer=HOSTILE[1], root_host=HOSTILE[2], versions={HOSTILE[0]: HOSTILE[3]},
+    )  # fmt: skip
+    end = replace(END, failure=HOSTILE[0])
     hostile = tmp_path / "hostile.html"
-    hostile.write_text(page([read_run(write(tmp_path / "h.jsonl", header=header))]), encoding="utf-8")
+    hostile.write_text(page([read_run(write(tmp_path / "h.jsonl", STORY, header, end))]), encoding="utf-8")
     for path in (several, hostile):
         chromium.open(path)
         asked = [event["request"]["url"] for event in chromium.happened("Network.requestWillBeSent")]

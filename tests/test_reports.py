@@ -16,8 +16,9 @@ from mpisync.policies.lines import seal, unseal
 from mpisync.reports import read_run
 from mpisync.reports.columns import ACCEPTED, check_target
 from mpisync.reports.figures import SPLIT, figures
+from mpisync.reports.sentences import comparison, summary
 from mpisync.reports.spans import lay_out
-from mpisync.reports.words import comparison, safe, summary
+from mpisync.reports.words import safe
 
 DELAYS = {
     "backup:0": [[1.0], [3.0], [2.0]],

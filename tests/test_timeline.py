@@ -90,9 +90,16 @@ def test_verdicts_are_marked_in_name_colour_category_and_arguments(tmp_path):
         ("compute (rejected)", "terrible", "rejected", "rejected"),
     ]
     assert computed[3]["args"]["late_by"] == 1 and computed[0]["args"]["loss"] == 4.0
+    assert not any("cost" in e["args"] for e in computed)
     marks = [(e["name"], e["ts"] / 1e6) for e in events if e["ph"] == "i"]
     assert [name for name, _ in marks] == ["accepted"] * 3 + ["late by 1"] * 2 + ["rejected"]
     assert [at_s for _, at_s in marks] == pytest.approx([1.0, 2.5, 4.0, 2.0, 2.75, 3.5])
+
+
+def test_a_gradients_cost_is_told(tmp_path):
+    arrivals = [replace(STORY[0].arrivals[0], cost=96.5)]
+    events = events_of(write(tmp_path / "record.jsonl", [replace(STORY[0], arrivals=arrivals)]))
+    assert [e["args"]["cost"] for e in events if e["name"] == "compute"] == [96.5]
 
 
 def test_what_is_estimated_says_so_and_what_is_recorded_does_not(tmp_path):

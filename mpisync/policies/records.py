@@ -15,6 +15,9 @@ FORMAT = 1
 class RunHeader:
     """What was run.
 
+    What follows `format` is for whoever wants to know the run or to repeat it; `Replay` asks for none of it,
+    and records of before have none.
+
     Attributes:
         policy: The policy's command-line form.
         workers: How many workers the run was started with.
@@ -22,8 +25,21 @@ class RunHeader:
         started_unix_s: When it started, by the wall clock.
         version: Of mpisync.
         hosts: The host of each worker, in their order.
-        settings: All settings, by name.
+        settings: All settings that an update depends on, by name.
         format: Of the record.
+        command: The script and its arguments, as the root had them.
+        steps: How many were planned; None if the run was to end otherwise.
+        root_host: The root's host.
+        root_cores: How many cores the root's process may use.
+        root_threads: How many threads torch has there.
+        cores: How many cores all ranks together may use; None where some are on another host than the root.
+        transports: How each worker's gradients travel: "shared memory" or "messages"; none for a process that
+            trains alone, which is its only worker and makes the updates too.
+        parameters: How many elements are trained, by dtype.
+        parameters_bytes: Their size.
+        optimizer: Its name and settings, but for those that are its defaults.
+        scheduler: Its name; "" for none.
+        versions: Of Python, torch, mpi4py and the MPI library.
 
     Example:
         >>> header = RunHeader("backup:1", 2, 0, started_unix_s=0.0, version="1", hosts=["a", "b"])
@@ -39,6 +55,18 @@ class RunHeader:
     hosts: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    command: list[str] = field(default_factory=list)
+    steps: int | None = None
+    root_host: str = ""
+    root_cores: int = 0
+    root_threads: int = 0
+    cores: int | None = None
+    transports: list[str] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    parameters_bytes: int = 0
+    optimizer: str = ""
+    scheduler: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

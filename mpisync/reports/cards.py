@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -12,13 +10,13 @@ from mpisync.reports.charts import Line, bars, lines
 from mpisync.reports.columns import ACCEPTED, LATE, REJECTED, VERDICTS
 from mpisync.reports.figures import SPLIT, Curve, Figures
 from mpisync.reports.raster import response_map, verdict_map
-from mpisync.reports.words import count, date, safe, seconds, share, size
+from mpisync.reports.sentences import ending, policy_of
+from mpisync.reports.words import count, safe, seconds, share, size
 
 __all__ = [
     "key_figures",
     "loss_chart",
     "response_card",
-    "settings_card",
     "split_chart",
     "verdict_card",
     "workers_card",
@@ -40,26 +38,25 @@ _SPLIT_NAMES = (
 _UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _MOST_BARS = 240
 _MOST_ROWS = 200  # of a table
-_MOST_HOSTS = 12
-_MOST_SETTINGS = 40
 
 
 # -- all runs together -----------------------------------------------------------------------------
 
 
 def key_figures(runs: Sequence[Figures], names: Sequence[str]) -> str:
-    """Return what runs are compared by: a table with a column each; of a single one, no table."""
+    """Return what runs are compared by, but for what no record tells: a table with a column each; of one, tiles."""
     rows: list[tuple[str, Callable[[Figures], str]]] = [
-        ("Policy", lambda f: safe(f.run.header.policy, 60)),
+        ("Policy", lambda f: policy_of(f.run)),
         ("Workers", lambda f: f"{f.run.header.workers:,}"),
         ("Steps", lambda f: f"{len(f.run):,}"),
         ("Took", lambda f: seconds(f.run.took_s)),
         ("Steps per second", lambda f: count(len(f.run) / f.run.took_s) if f.run.took_s else "–"),
         ("Samples per second", lambda f: count(f.rate)),
         ("Samples per rank-second", lambda f: count(f.rate_per_rank)),
+        ("Samples per core-second", lambda f: count(f.rate_per_core)),
         ("Step, median", lambda f: seconds(f.step_s[0])),
         ("Step, 95th percentile", lambda f: seconds(f.step_s[1])),
-        ("Gradients that counted", lambda f: _part(f, ACCEPTED)),
+        ("Gradients accepted", lambda f: _part(f, ACCEPTED)),
         ("Gradients too late", lambda f: _part(f, LATE)),
         ("Gradients rejected", lambda f: _part(f, REJECTED)),
         ("Steps without update", lambda f: f"{int((f.run.steps['updated'] == 0).sum()):,}"),
@@ -67,17 +64,27 @@ def key_figures(runs: Sequence[Figures], names: Sequence[str]) -> str:
         ("One gradient", lambda f: size(float(f.run.gradients["bytes"].max(initial=0)))),
         ("Gradients moved", lambda f: size(sum(f.travelled_bytes))),
         ("… of that in vain", lambda f: share(f.travelled_bytes[1], sum(f.travelled_bytes))),
+        ("Memory of the root", lambda f: _memory(f.run.peak_rss_bytes[-1:])),
+        ("Memory of a worker, most", lambda f: _memory(f.run.peak_rss_bytes[:-1])),
+        ("Ended", lambda f: ending(f.run)),
     ]
+    cells = [(title, [text(run) for run in runs]) for title, text in rows]
+    cells = [(title, texts) for title, texts in cells if any(text != "–" for text in texts)]
     if len(runs) == 1:
-        tiles = "".join(f"<div><dt>{title}</dt><dd>{text(runs[0])}</dd></div>" for title, text in rows)
+        tiles = "".join(f"<div><dt>{title}</dt><dd>{texts[0]}</dd></div>" for title, texts in cells)
         return f'<dl class="tiles">{tiles}</dl>'
     head = f"<thead><tr><th></th>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>"
     body = "".join(
-        f"<tr><td>{title}</td>{''.join(f'<td{style}>{text(run)}</td>' for run in runs)}</tr>"
-        for title, text in rows
-        for style in (' class="text"' if title == "Policy" else "",)
+        f"<tr><td>{title}</td>{''.join(f'<td{style}>{text}</td>' for text in texts)}</tr>"
+        for title, texts in cells
+        for style in (' class="text"' if title in ("Policy", "Ended") else "",)
     )
     return f"<table>{head}<tbody>{body}</tbody></table>"
+
+
+def _memory(peaks_bytes: Sequence[int]) -> str:
+    """Return the greatest; 0 stands for one that is not known."""
+    return size(float(most)) if (most := max(peaks_bytes, default=0)) else "–"
 
 
 def _part(figures: Figures, verdict: int) -> str:
@@ -177,7 +184,9 @@ def workers_table(figures: Figures, name: str) -> str:
         slowness = np.nan_to_num(figures.typical_s, nan=np.inf)
         order = np.sort(np.argsort(-slowness, kind="stable")[:_MOST_ROWS])
         said = f"The {_MOST_ROWS} slowest of {workers:,} workers"
-    heads = ("worker", "host", *VERDICTS, "counted", "last of a step", "data + compute, median", "waiting")
+    heads = (
+        "worker", "host", *VERDICTS, "counted", "last of a step", "data + compute, median", "waiting", "peak memory",
+    )  # fmt: skip
     head = "".join(f"<th{' class=left' if text == 'host' else ''}>{text}</th>" for text in heads)
     rows = "".join(_worker_row(figures, int(worker)) for worker in order)
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -193,42 +202,10 @@ def _worker_row(figures: Figures, worker: int) -> str:
         f"{accepted:,}", f"{late:,}", f"{rejected:,}", share(accepted, accepted + late + rejected),
         f"{int(figures.lasts[worker]):,}",
         seconds(float(figures.typical_s[worker])), share(waiting_s, float(split_s.sum())),
+        _memory(figures.run.peak_rss_bytes[worker : worker + 1]),
     )  # fmt: skip
     host = safe(figures.run.header.hosts[worker], 40)
     return f'<tr><td>{worker}</td><td class="left text">{host}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-
-
-def settings_card(figures: Figures, name: str) -> str:
-    """Return what was run."""
-    header = figures.run.header
-    hosts = [f"{safe(host, 60)} ×{n}" if n > 1 else safe(host, 60) for host, n in _counted(header.hosts)]
-    settings = list(header.settings.items())
-    rows = [
-        ("record", safe(figures.run.path)),
-        ("policy", safe(header.policy)),
-        ("started", date(header.started_unix_s)),
-        ("mpisync", safe(header.version, 40)),
-        ("seed", safe(header.seed, 40)),
-        ("workers", f"{header.workers:,}"),
-        ("hosts", ", ".join(hosts)),
-        *((safe(key, 60), _setting(value)) for key, value in settings[:_MOST_SETTINGS]),
-    ]
-    if len(settings) > _MOST_SETTINGS:
-        rows.append(("…", f"{len(settings) - _MOST_SETTINGS:,} more settings"))
-    body = "".join(f"<tr><td>{key}</td><td>{value}</td></tr>" for key, value in rows)
-    return f'{name}<table class="facts"><tbody>{body}</tbody></table>'
-
-
-def _setting(value: object) -> str:
-    if value is None:
-        return "–"
-    return safe(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _counted(hosts: Iterable[str]) -> list[tuple[str, int]]:
-    found = list(Counter(hosts).items())
-    more = len(found) - _MOST_HOSTS
-    return [*found[:_MOST_HOSTS], (f"{more:,} more hosts", 1)] if more > 1 else found
 
 
 # -- what plots have in common ---------------------------------------------------------------------

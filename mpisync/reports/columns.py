@@ -7,13 +7,13 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from mpisync.policies import RecordReader, RunHeader, StepRecord
+from mpisync.policies import RecordReader, RunEnd, RunHeader, StepRecord
 
 __all__ = ["ACCEPTED", "LATE", "REJECTED", "VERDICTS", "Run", "check_target", "read_run"]
 
@@ -33,7 +33,7 @@ _STEPS = {
     "updated": "b",
 }
 _GRADIENTS = {"worker": "q", "sequence": "q", "version": "q", "offset_s": "d", "samples": "q", "bytes": "q"}
-_OPTIONAL = {"compute_s": "f", "data_s": "f", "loss": "f"}  # None becomes nan
+_OPTIONAL = {"compute_s": "f", "data_s": "f", "loss": "f", "cost": "f"}  # None becomes nan
 _CODES = {verdict: code for code, verdict in enumerate(VERDICTS)}
 _LONGEST_S = 1e9  # three decades: no clock of a run shows more
 _MOST = 2**53  # what a sum of floats still counts exactly
@@ -53,9 +53,13 @@ class Run:
         gradients: Of each gradient with a verdict, in the record's order: ``step`` (the position of
             the step that gave the verdict), ``verdict`` (a position in VERDICTS), ``arrived_s`` (by
             the root's clock), ``worker``, ``sequence``, ``version``, ``samples``, ``bytes``, and
-            ``compute_s``, ``data_s``, ``loss``, which are nan where they are not known.
+            ``compute_s``, ``data_s``, ``loss``, ``cost``, which are nan where they are not known. Beside
+            them ``own_samples``, without those of late gradients that were added in, and ``counted``:
+            whether it was accepted, or added to one that was.
         reasons: How many gradients were rejected for which reason.
         notices: What is missing of it, and why.
+        end: How it ended; None where that is not recorded.
+        is_damaged: Whether the record could not be read to its last line.
     """
 
     path: str
@@ -65,6 +69,8 @@ class Run:
     gradients: dict[str, np.ndarray]
     reasons: Counter[str] = field(default_factory=Counter)
     notices: list[str] = field(default_factory=list)
+    end: RunEnd | None = None
+    is_damaged: bool = False
 
     def __len__(self) -> int:
         """How many steps it has."""
@@ -74,6 +80,19 @@ class Run:
     def took_s(self) -> float:
         """From the first step's opening to the last one's publication."""
         return float(self.steps["published_s"][-1] - self.steps["opened_s"][0]) if len(self) else 0.0
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there were: the workers and the root, or one that trained alone."""
+        is_alone = self.header.workers == 1 and self.header.root_cores > 0 and not self.header.transports
+        return self.header.workers + (not is_alone)
+
+    @property
+    def peak_rss_bytes(self) -> list[int]:
+        """The largest memory of each worker's process, then of the root's; 0 where that is not known."""
+        known = self.end.peak_rss_bytes if self.end is not None else []
+        ranks = self.header.workers + 1
+        return known if len(known) == ranks else [0] * ranks
 
     def last_workers(self) -> np.ndarray:
         """Return whose gradient was the last that each step accepted; -1 where that is not recorded."""
@@ -109,9 +128,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         path = os.path.join(path, "record.jsonl")
     reader = RecordReader(path)
     columns, notices = _Columns(), []
+    end: RunEnd | None = None
+    is_damaged = True
     try:
         for step in reader:
             columns.add(step)
+        end, is_damaged = _sound_end(reader.end), False
     except (ValueError, OverflowError, RecursionError) as error:
         notices.append(f"{error}. Shown are the {columns.taken:,} steps before it.")
     if reader.torn is not None:
@@ -119,7 +141,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             f"record {path}, line {reader.torn}: the line is torn, so the run goes on or was "
             f"killed. Shown are the {columns.taken:,} steps before it."
         )
-    run = columns.run(path, reader.header)
+    run = replace(columns.run(path, reader.header), end=end, is_damaged=is_damaged)
     run.notices[:0] = notices
     if not len(run):
         run.notices.append(f"record {path} holds no step that could be shown.")
@@ -137,6 +159,19 @@ def check_target(path: str, runs: Sequence[Run]) -> None:
             raise ValueError(f"{path} is the record of a run and would be lost: give --out another path")
 
 
+def _sound_end(end: RunEnd | None) -> RunEnd | None:
+    """Return the end.
+
+    Raises:
+        ValueError: It has an absurd number.
+    """
+    if end is not None:
+        numbers = [end.version, *end.handed, *end.requeued, *end.peak_rss_bytes]
+        if max(numbers) >= _MOST or min(numbers) < 0:
+            raise ValueError("the numbers of the run's end cannot be true")
+    return end
+
+
 class _Columns:
     """Collects steps."""
 
@@ -149,6 +184,7 @@ class _Columns:
         }
         self._accepted, self._arrived, self._verdicts = array("q"), array("q"), array("b")
         self._reasons: Counter[str] = Counter()
+        self._carrying: list[tuple[int, list[int]]] = []  # gradients' positions, and the sequences added in
 
     def add(self, step: StepRecord) -> None:
         """Take the next step.
@@ -156,7 +192,7 @@ class _Columns:
         Raises:
             OverflowError: A number has no place in its column; the step is not taken.
         """
-        arrivals = step.arrivals
+        arrivals, place = step.arrivals, len(self._verdicts)
         for name, column in self._steps.items():
             column.append(getattr(step, name))
         for name, column in self._gradients.items():
@@ -170,9 +206,11 @@ class _Columns:
         if not self.taken:
             self._first = step.step
         self.taken += 1
-        for arrival in arrivals:
+        for number, arrival in enumerate(arrivals):
             if arrival.verdict == "rejected":
                 self._reasons[arrival.reason or "no reason given"] += 1
+            if arrival.carried:
+                self._carrying.append((place + number, arrival.carried))
 
     def run(self, path: str, header: RunHeader) -> Run:
         """Return what was collected, up to the first step that cannot have been."""
@@ -193,7 +231,21 @@ class _Columns:
         gradients["step"] = step[:shown]
         gradients["verdict"] = _numbers(self._verdicts)[:shown]
         gradients["arrived_s"] = steps["opened_s"][step[:shown]] + gradients.pop("offset_s")
+        _tell_carried(gradients, [(place, added) for place, added in self._carrying if place < shown])
         return Run(path, header, self._first, steps, gradients, self._reasons, notices)
+
+
+def _tell_carried(gradients: dict[str, np.ndarray], carrying: list[tuple[int, list[int]]]) -> None:
+    """Say of each gradient what is its own, and whether it counted."""
+    own, counted = gradients["samples"].copy(), gradients["verdict"] == ACCEPTED
+    worker, sequence = gradients["worker"], gradients["sequence"]
+    late = np.flatnonzero(gradients["verdict"] == LATE).tolist() if carrying else []
+    places = {(int(worker[place]), int(sequence[place])): place for place in late}
+    for place, added in carrying:  # in the record's order: what is added in has its verdict by then
+        found = [places[key] for one in added if (key := (int(worker[place]), one)) in places]
+        own[place] = max(own[place] - own[found].sum(), 0)
+        counted[found] |= counted[place]
+    gradients["own_samples"], gradients["counted"] = own, counted
 
 
 def _numbers(column: array[Any]) -> np.ndarray:

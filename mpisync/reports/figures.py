@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpisync.reports.columns import ACCEPTED, VERDICTS, Run
+from mpisync.reports.selection import Selection, select
 from mpisync.reports.spans import Spans, lay_out
 
 __all__ = ["SPLIT", "Curve", "Figures", "figures", "seconds_to_loss"]
@@ -55,6 +56,7 @@ class Figures:
         step_s: The median and 95th percentile of the time from a step's opening to its publication.
         travelled_bytes: Bytes of gradients that travelled, of those that counted and of the others.
         curve: The loss; empty where no worker sent it.
+        selection: What became of samples by their cost; None where no cost is known.
     """
 
     run: Run
@@ -67,6 +69,7 @@ class Figures:
     step_s: tuple[float, float]
     travelled_bytes: tuple[float, float]
     curve: Curve
+    selection: Selection | None
 
     @property
     def rate(self) -> float:
@@ -76,7 +79,13 @@ class Figures:
     @property
     def rate_per_rank(self) -> float:
         """The same per second of each rank, the root included."""
-        return self.rate / (self.run.header.workers + 1)
+        return self.rate / self.run.ranks
+
+    @property
+    def rate_per_core(self) -> float:
+        """The same per second of each core that the ranks may use; nan where their number is not known."""
+        cores = self.run.header.cores
+        return self.rate / cores if cores and cores > 0 else float("nan")
 
     @property
     def shares(self) -> np.ndarray:
@@ -97,7 +106,7 @@ def figures(run: Run) -> Figures:
     )
     lasted_s = steps["published_s"] - steps["opened_s"]
     travelled = gradients["bytes"].astype(float)
-    counted = gradients["verdict"] == ACCEPTED
+    counted = gradients["counted"]
     return Figures(
         run=run,
         spans=spans,
@@ -109,6 +118,7 @@ def figures(run: Run) -> Figures:
         step_s=(_quantile(lasted_s, 0.5), _quantile(lasted_s, 0.95)),
         travelled_bytes=(float(travelled[counted].sum()), float(travelled[~counted].sum())),
         curve=_curve(run),
+        selection=select(run),
     )
 
 
@@ -119,7 +129,7 @@ def _quantile(values: np.ndarray, q: float) -> float:
 def _split_s(run: Run, spans: Spans) -> np.ndarray:
     """Share workers' time out; what the root does while a worker waits goes by what it does."""
     workers, worker = run.header.workers, run.gradients["worker"][spans.order]
-    counted = run.gradients["verdict"][spans.order] == ACCEPTED
+    counted = run.gradients["counted"][spans.order]
     waits = _root_seconds(run, spans.arrived_s, spans.until_s)
     parts = {
         "data": spans.data_s,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpisync.reports.accounts import accounts_card, selection_card
 from mpisync.reports.cards import (
     key_figures,
     loss_chart,
     response_card,
-    settings_card,
     split_chart,
     verdict_card,
     workers_card,
@@ -16,9 +16,11 @@ from mpisync.reports.cards import (
     workers_time_card,
 )
 from mpisync.reports.columns import Run
+from mpisync.reports.facts import facts_card
 from mpisync.reports.figures import Figures, figures
+from mpisync.reports.sentences import comparison, policy_of, summary
 from mpisync.reports.style import STYLE
-from mpisync.reports.words import comparison, safe, summary
+from mpisync.reports.words import safe
 
 __all__ = ["page"]
 
@@ -35,8 +37,12 @@ _NOTES = """
 did is recorded. When a worker began is estimated: as soon as it had its last verdict and the version it
 computed at. Transfer is what is left between that and the arrival, once data and computing are taken off:
 messages both ways, and the worker's waking up.</p>
-<p>A rank-second is a second of one worker or of the root; how many cores a rank has is not recorded, nor
-how much memory its process takes.</p>
+<p>A rank-second is a second of one worker or of the root; a core-second is one of a core that the ranks' processes
+may use, where all are on one host. Memory is the largest resident set that a process ever had, shared pages
+included.</p>
+<p>A worker's account: samples handed to its loop = used + discarded + requeued + lost + in flight; what has no column
+is 0. A cost is what the loop says that a batch costs, as its longest sequence; classes of it reach from a power of two
+up to the next. The test takes what becomes of a gradient not to depend on what becomes of others.</p>
 """
 
 
@@ -92,7 +98,7 @@ def _summaries(runs: list[Figures], names: list[str]) -> list[str]:
 
 def _called(runs: list[Figures], names: list[str]) -> list[str]:
     """Return the runs' names with their policies."""
-    return [f"{name} {safe(run.run.header.policy, 40)}" for run, name in zip(runs, names, strict=True)]
+    return [f"{name} {policy_of(run.run)}" for run, name in zip(runs, names, strict=True)]
 
 
 def _body(runs: list[Figures], names: list[str]) -> list[str]:
@@ -102,7 +108,7 @@ def _body(runs: list[Figures], names: list[str]) -> list[str]:
         _card(key_figures(runs, names), "wide"),
         *(_charts(runs, names) if any(len(run.run) for run in runs) else []),
         "<h2>What ran</h2>",
-        _grid([settings_card(run, name) for run, name in zip(runs, names, strict=True)]),
+        _grid([facts_card(run, name) for run, name in zip(runs, names, strict=True)]),
         f'<h2>How to read this</h2><div class="soft">{_NOTES}</div>',
     ]
 
@@ -124,7 +130,12 @@ def _charts(runs: list[Figures], names: list[str]) -> list[str]:
         for title, draw in _SUBJECTS:
             cards = [draw(run, name) for run, name in shown]
             parts += [f"<h2>{title}</h2>", _grid(cards, "" if len(cards) % 3 == 0 else "pairs")]
-    return [*parts, "<h2>Workers</h2>", *(_card(workers_table(run, name)) for run, name in shown)]
+    parts += ["<h2>Workers</h2>", *(_card(workers_table(run, name)) for run, name in shown)]
+    parts += ["<h2>Samples</h2>", *(_card(accounts_card(run, name)) for run, name in shown)]
+    if any(run.selection is not None for run, _ in shown):
+        cards = [selection_card(run, name) for run, name in shown]
+        parts += ["<h2>Samples by cost</h2>", _grid(cards, "pairs")]
+    return parts
 
 
 def _card(content: str, kind: str = "") -> str:

@@ -80,12 +80,16 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; } thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 .facts td, td.text { overflow-wrap: anywhere; } td.text { min-width: 5em; }
 th.left, td.left, .facts td { text-align: left; }
-.facts td:first-child { color: var(--soft); min-width: 6.5em; padding-right: 10px; }
-details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
+.facts td:first-child { color: var(--soft); min-width: 7.2em; padding-right: 10px; }
+td span { color: var(--soft); display: inline-block; min-width: 3.6em; }
+td.part { text-align: left; min-width: 84px; width: 35%; } .few { opacity: .35; }
+td.part i { display: block; height: 6px; border-radius: 2px; }
+details { margin-top: 10px; } .card > details:first-child { margin-top: 0; }
+summary { cursor: pointer; color: var(--soft); }
 @media (min-width: 760px) { svg { font-size: 8px; } }
 @media (max-width: 480px) {
   body { padding: 14px 10px 30px; font-size: 15px; } .card { padding: 12px 10px; }
-  th, td { padding: 4px 5px; }
+  th, td { padding: 4px 5px; } thead th { white-space: normal; } td.part { min-width: 60px; }
 }
 @media print {
   :root {
@@ -94,11 +98,12 @@ details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
     --r0: #0072b2; --r1: #d55e00; --r2: #009e73; --r3: #b8579a; --r4: #b58400; --r5: #4b6cb7;
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { max-width: none; padding: 0; font-size: 11px; } svg { font-size: 10px; }
+  body { max-width: none; padding: 0 1px; font-size: 11px; } svg { font-size: 10px; }
   .grid[class] { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .card:only-child { grid-column: 1 / -1; }
   h1 { font-size: 16px; } h2 { font-size: 13px; margin: 14px 0 6px; } h3 { font-size: 12px; }
   .card { padding: 8px; } table { font-size: 10.5px; }
   .soft, figcaption, .key, .plot, .tiles dt { font-size: 10px; } td, th { padding: 2px 6px; }
+  .wide { overflow: visible; } thead th { white-space: normal; } td.part { min-width: 50px; }
   .card, figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .tag[class] { color: #fff; }
 }

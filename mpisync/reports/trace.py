@@ -176,6 +176,8 @@ def _worker_events(
         }
         if np.isfinite(own["loss"]):
             about["loss"] = round(float(own["loss"]), 6)
+        if np.isfinite(own["cost"]):
+            about["cost"] = round(float(own["cost"]), 6)
         if late_by:
             about["late_by"] = late_by
         estimated = {"estimated": True}

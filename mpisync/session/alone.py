@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
 from mpisync.policies import ArrivalRecord, BackupWorkers, StepRecord
 from mpisync.session.data import Batches
+from mpisync.session.described import described
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of
@@ -72,7 +74,12 @@ class Alone:
         self._pool: Pool | None = None
         self._sequence = self._rejected = self._rejected_in_a_row = 0
         # what it does, whatever the policy: every step is the gradient of the only worker
-        self._reports.header(str(BackupWorkers(0)), [socket.gethostname()])
+        self._reports.header(
+            str(BackupWorkers(0)),
+            [socket.gethostname()],
+            cores=len(os.sched_getaffinity(0)),
+            **described(self._flat.parameters, optimizer, settings.scheduler),
+        )
 
     def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
         """Yield batches until there were `steps` updates, or the pool is empty."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mpisync
@@ -53,6 +54,7 @@ class Reports:
         self._settings = settings
         self._hosts: list[str] = []
         self._progress: Progress | None = None
+        self._header: RunHeader | None = None  # until it is written
         self._writer: RecordWriter | None = None
         if settings.record is not None:
             try:
@@ -60,24 +62,29 @@ class Reports:
             except OSError as error:
                 raise ValueError(str(error)) from error
 
-    def header(self, policy: str, hosts: Sequence[str]) -> None:
-        """Say what is run; `hosts` has one for each worker."""
+    def header(self, policy: str, hosts: Sequence[str], **about: Any) -> None:  # noqa: ANN401 (as RunHeader has them)
+        """Say what is run; `hosts` has one for each worker, and `about` holds other fields of a RunHeader."""
         self._hosts = list(hosts)
-        if self._writer is not None:
-            self._writer.header(
-                RunHeader(
-                    policy=policy,
-                    workers=len(hosts),
-                    seed=self._settings.seed,
-                    started_unix_s=time.time(),
-                    version=mpisync.__version__,
-                    hosts=self._hosts,
-                    settings=_recorded(self._settings),
-                )
-            )
+        self._header = RunHeader(
+            policy=policy,
+            workers=len(hosts),
+            seed=self._settings.seed,
+            started_unix_s=time.time(),
+            version=mpisync.__version__,
+            hosts=self._hosts,
+            settings=_recorded(self._settings),
+            **about,
+        )
+
+    def _write_header(self, steps: int | None) -> None:
+        """Begin the record, once it is known how many steps are planned."""
+        if self._writer is not None and self._header is not None:
+            self._writer.header(replace(self._header, steps=steps))
+            self._header = None
 
     def begin(self, steps: int | None) -> None:
         """The loop begins; so many steps are to come."""
+        self._write_header(steps)
         if self._settings.progress:
             self._progress = Progress(steps, self._hosts)
 
@@ -105,6 +112,7 @@ class Reports:
         peak_rss_bytes: Sequence[int],
     ) -> None:
         """Everyone has left: say what became of the last gradients and of all samples, and close the record."""
+        self._write_header(None)  # where the loop was never begun
         if self._progress is not None:
             print(summary(accounts, by_cost), file=sys.stderr, flush=True)
         if self._writer is not None:

@@ -16,6 +16,7 @@ from mpisync.aggregation.late import Requeue
 from mpisync.aggregation.members import Account
 from mpisync.aggregation.steps import ClosedStep
 from mpisync.session.advice import advice_on
+from mpisync.session.described import cores_of, described
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of, leave_root
 from mpisync.session.extent import Extent
@@ -79,7 +80,14 @@ class Serving:
         self._reports = reports
         if advice := advice_on(optimizer):
             print(advice, file=sys.stderr, flush=True)
-        self._reports.header(str(settings.policy), [peer.host for peer in self._place.meeting.peers[:-1]])
+        peers = self._place.meeting.peers
+        self._reports.header(
+            str(settings.policy),
+            [peer.host for peer in peers[:-1]],
+            transports=["messages" if m.link.in_pieces else "shared memory" for m in self._root.members],
+            cores=cores_of(peers, peers[-1]),
+            **described(self._flat.parameters, optimizer, settings.scheduler),
+        )
 
     @property
     def version(self) -> int:
