@@ -138,7 +138,9 @@ def _shape(kind: Kind) -> tuple[Kind, tuple[Kind, ...]]:
 def _object(kind: Kind, document: dict[str, Any], where: str) -> Json:
     signature = (*document, *map(type, document.values()))
     sound, choices = _sound(kind)
-    if signature in sound and all(document[name] in parts for name, parts in choices):
+    if (rest := sound.get(signature)) is not None and all(document[name] in parts for name, parts in choices):
+        for name, type_ in rest:
+            document[name] = _value(type_, document[name], f"{where}.{name}" if where else name)
         return kind(*document.values())
     known = _fields(kind)
     for name in document.keys() - known.keys():
@@ -149,22 +151,21 @@ def _object(kind: Kind, document: dict[str, Any], where: str) -> Json:
             arguments[name] = _value(type_, document[name], f"{where}.{name}" if where else name)
         elif required:
             raise ValueError(f"{kind.__name__} must have the field {name}, but it is missing")
-    if tuple(document) == tuple(known) and all(
-        _passes(known[name][0], type(value)) for name, value in document.items()
-    ):
-        sound.add(signature)
+    if tuple(document) == tuple(known):
+        types_ = {name: type_ for name, (type_, _) in known.items()}
+        sound[signature] = [(n, types_[n]) for n, value in document.items() if not _passes(types_[n], type(value))]
     return kind(**arguments)
 
 
 @cache
-def _sound(kind: Kind) -> tuple[set[tuple[Any, ...]], list[tuple[str, tuple[Kind, ...]]]]:
-    """Return the signatures of objects that are sound by them alone, and what is to be chosen from.
+def _sound(kind: Kind) -> tuple[dict[tuple[Any, ...], list[tuple[str, Kind]]], list[tuple[str, tuple[Kind, ...]]]]:
+    """Return signatures of sound objects, with the fields that they leave open, and what is to be chosen from.
 
     A signature is the names and then the types of an object's values. A record has a million
     gradients of the same few, so that only new ones are looked at field by field.
     """
     shapes = [(name, *_shape(type_)) for name, (type_, _) in _fields(kind).items()]
-    return set(), [(name, parts) for name, origin, parts in shapes if origin is Literal]
+    return {}, [(name, parts) for name, origin, parts in shapes if origin is Literal]
 
 
 def _passes(kind: Kind, type_: type) -> bool:
