@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpisync.aggregation.late import Discard, Requeue
 from mpisync.aggregation.root import Root
 from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
@@ -56,6 +57,7 @@ class ScriptedWorker:
     resume: int | None = None
     said: dict[int, Header] = field(default_factory=dict)  # gradients by ordinal
     verdicts: dict[int, object] = field(default_factory=dict)  # replies by sequence
+    claims: dict[int, int] = field(default_factory=dict)  # the version that it claimed a batch for, by ordinal
     ended: bool = False
     computing: bool = False
     dead: bool = False
@@ -176,7 +178,7 @@ class ScriptedLink(RootLink):
 class World:
     """Virtual time, workers and the root."""
 
-    def __init__(self, workers, policy, *, pieces=(), capacity=2, extras=False, weighted=False):
+    def __init__(self, workers, policy, *, pieces=(), capacity=2, extras=False, weighted=False, late=None):
         self.now_s = self._last_event_s = 100.0
         self._events, self._order = [], itertools.count()
         self.workers = workers
@@ -197,6 +199,7 @@ class World:
             object.__setattr__(peer, "dead", self.dead)
         self.parameters = aligned_bytes(self.layout.size_bytes)
         self.weighted, self.policy = weighted, policy
+        self.pooled = isinstance(late, Requeue)
         self.root = Root(
             peers,
             self.links,
@@ -205,6 +208,7 @@ class World:
             policy,
             Reducer(1),
             weighted=weighted,
+            late=late,
             clock=lambda: self.now_s,
             stall_report_s=1e9,
         )
@@ -238,6 +242,7 @@ class World:
         header = Header(
             INCARNATION, kind, worker.number, worker.ordinal, worker.sequence, version,
             samples, worker.handed, 0.5, 0.0, 0.0, self.now_s, 0, peak,
+            batches=self.root.late.pool.batches if kind == Kind.CLAIM else int(kind == Kind.GRADIENT),
         )  # fmt: skip
         if kind == Kind.GRADIENT:
             worker.said[worker.ordinal] = header
@@ -252,6 +257,9 @@ class World:
             assert sequence not in worker.verdicts, "a gradient gets one verdict"
             worker.verdicts[sequence] = reply
             worker.sequence = sequence + 1
+        if reply.ordinal in worker.claims:
+            self.dealt(worker, worker.claims.pop(reply.ordinal), reply.batch >= 0)
+            return
         assert worker.resume is None or reply.status == Status.NOTED
         worker.resume = reply.resume
         self.go_on(worker)
@@ -266,7 +274,22 @@ class World:
         if worker.sequence >= worker.last:
             worker.ended = True
             self.say(worker, worker.farewell)
-            return
+        elif self.pooled:
+            self.say(worker, Kind.CLAIM, version=version)
+            worker.claims[worker.ordinal] = version
+        else:
+            self.compute(worker, version)
+
+    def dealt(self, worker, version, has_batch):
+        """Compute on a batch that was claimed; leave where there is none."""
+        if has_batch:
+            self.compute(worker, version)
+        else:
+            worker.ended = True
+            self.say(worker, worker.farewell)
+        self.notice_the_end(worker)
+
+    def compute(self, worker, version):
         worker.computing = True
         delay_s, sequence = worker.delay(worker.sequence), worker.sequence
         self.at(self.now_s + delay_s, lambda: self.computed(worker, sequence, version))
@@ -286,7 +309,7 @@ class World:
 
     def notice_the_end(self, worker):
         """Say goodbye once the verdict is there and the end was seen."""
-        stays = worker.gone or worker.dead or worker.computing or not worker.link.ends
+        stays = worker.gone or worker.dead or worker.computing or worker.claims or not worker.link.ends
         if stays or len(worker.said) > len(worker.verdicts):
             return
         if worker.link.served.get(worker.number) == worker.link.version:
@@ -344,7 +367,9 @@ class World:
                 if reply.status != Status.ACCEPTED or (worker.number, sequence) not in known
             ]
             assert account.used == samples * len(used)
-            assert account.discarded == samples * len(discarded)
             waiting = member.next_sequence - len(used) - len(discarded)
-            assert account.in_flight + account.lost == samples * waiting
-            assert account.in_flight >= 0 and (account.lost == 0 or not member.is_alive)
+            left = samples * waiting - account.in_flight  # in its hands when it left or died
+            assert account.discarded + account.requeued + account.lost == samples * len(discarded) + left
+            assert account.in_flight >= 0 and (left == 0 or not member.is_alive)
+            assert account.requeued == 0 or type(self.root.late) is not Discard
+            assert account.lost == (0 if self.pooled else left)
