@@ -101,19 +101,21 @@ def test_whoever_computes_what_another_has_used_is_told_so():
     assert told and all(reply.status == Status.LATE and reply.late_by == 0 for reply in told)
 
 
-def test_a_worker_killed_with_its_batch_leaves_it_to_others():
-    world = world_of(workers([[1.0], [1.1], [1.2], [1.3]]), BackupWorkers(1), batches=10)
-    world.at(103.7, lambda: world.kill(2))
-    finish(world)
-    assert world.root.members[2].account.lost == 0
-
-
-def test_what_is_killed_on_its_way_is_computed_by_another():
+@pytest.mark.parametrize(("pieces", "at_s"), [((), 103.7), ((2, 3), 101.25)], ids=["computing", "on its way"])
+def test_a_worker_that_is_killed_leaves_its_batch_to_others_at_once(pieces, at_s):
     many = workers([[1.0], [1.1], [1.2], [1.3]])
-    many[0].transit = lambda sequence: math.inf
-    world = world_of(many, BackupWorkers(1), batches=10, pieces=(0, 1))
-    world.at(101.3, lambda: world.kill(0))
-    finish(world)
+    many[2].transit = lambda sequence: math.inf if pieces else 0.0
+    world = world_of(many, BackupWorkers(1), batches=10, epochs=None, pieces=pieces)
+    held = []
+
+    def kill():
+        held.extend(lot for lot, holders in world.root.late.pool._out.items() if 2 in holders)
+        world.kill(2)
+
+    world.at(at_s, kill)
+    world.serve(12)
+    assert len(held) == 1 and used(world)[held[0]] == 1
+    assert world.root.members[2].account.lost == 0
 
 
 def test_poison_is_given_up_and_not_handed_round():
@@ -159,6 +161,14 @@ def test_whatever_the_times_every_batch_is_used_once(delays, batches, policy, da
 def test_retries_are_requeued_so_often_and_then_discarded():
     delays = [[1.0], [1.0], [7.5]]
     world = World(workers(delays, samples=4), BackupWorkers(1), late=Retry(2))
-    world.serve(60)
+    world.serve(46)
     account = world.root.members[2].account
-    assert account.late == 8 and account.requeued == 4 * 6 and account.discarded == 4 * 2
+    assert account.late == 6 and account.requeued == 4 * 4 and account.discarded == 4 * 2
+
+
+def test_what_is_late_after_the_end_is_not_tried_again():
+    world = World(workers([[1.0], [1.0], [7.5]], samples=4), BackupWorkers(1), late=Retry(2))
+    world.serve(5)
+    farewell(world.root, grace_s=50.0, stopped_grace_s=3.0)
+    account = world.root.members[2].account
+    assert (account.late, account.requeued, account.discarded) == (1, 0, 4)

@@ -230,7 +230,6 @@ class Root:
         self._sum.add(member.link, member.worker, weight, member.said.peak)
         self._taken.append(Taken(member, member.said, member.came, member.done, member.is_tie))
         self.late.accept(member, member.done)
-        step.remaining = self.late.remaining
         self._rejected_in_a_row = 0
         self._accepted_s = self.clock()
         self._is_closing = self.policy.closes(step, self._accepted_s)
