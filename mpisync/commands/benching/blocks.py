@@ -19,6 +19,7 @@ from mpisync.commands.benching import marks
 from mpisync.commands.benching.cluster import Cluster
 from mpisync.commands.benching.marks import Gradient, Push
 from mpisync.commands.benching.measuring import meet
+from mpisync.kernels.dtypes import DTYPES
 from mpisync.policies import BackupWorkers
 from mpisync.session.ends import leave_root, leave_worker
 from mpisync.transport.layout import Layout
@@ -63,8 +64,21 @@ def theirs(cluster: Cluster, elements: int, updates: int, case: Case, sleep_s: f
     return Played(chief["made_s"], [marks.averaged(mean, workers) for mean in chief["means"]], pushes)
 
 
-def ours(comm: MPI.Intracomm, elements: int, case: Case, sleep_s: float, least: int, play_s: float) -> Played | None:
-    """Train for some time and some updates at least; what was played, on rank 0. Collective."""
+def ours(
+    comm: MPI.Intracomm, elements: int, case: Case, *, sleep_s: float, least: int, play_s: float, checked: bool
+) -> Played | None:
+    """Train with mpisync; what was played, on rank 0. Collective.
+
+    Args:
+        comm: The ranks; the last one is the root.
+        elements: Of the vector.
+        case: What is trained.
+        sleep_s: How long the straggler sleeps.
+        least: Updates to make at least.
+        play_s: How long to go on making them.
+        checked: Whether workers look for NaN and Inf, as they do in a `Session`; else that is left out, as in the rest
+            of `mpisync bench`.
+    """
     layout, workers = Layout.of([("float32", elements)]), comm.size - 1
     own = comm.Dup()
     place = Place(own, Claim("", ""), lambda a, b: None, layout, layout, BackupWorkers(case.backup))
@@ -72,7 +86,7 @@ def ours(comm: MPI.Intracomm, elements: int, case: Case, sleep_s: float, least: 
     if place.is_root:
         mine = _serve(place, workers, least, play_s)
     else:
-        mine = _work(place, workers, sleep_s if comm.rank == workers - 1 else 0.0)
+        mine = _work(place, workers, sleep_s if comm.rank == workers - 1 else 0.0, checked=checked)
     meet(comm, 1e-3)
     own.Free()
     gathered = comm.gather(mine, root=0)
@@ -106,18 +120,22 @@ def _serve(place: Place, workers: int, least: int, play_s: float) -> tuple[list[
     return made_s, [marks.averaged(mean, workers) for mean in means]
 
 
-def _work(place: Place, workers: int, sleep_s: float) -> list[Push]:
+def _work(place: Place, workers: int, sleep_s: float, *, checked: bool) -> list[Push]:
     """Be a worker; what became of its gradients."""
     worker = place.worker()
     gradient, rank = place.layout.arrays(worker.link.gradient)[0], place.meeting.comm.rank
     gradient[:] = 1
+    stored = DTYPES["float32"].stored(gradient)
     pushes: list[Push] = []
     try:
         while worker.pull() is not None:
             time.sleep(sleep_s)
             own = Gradient(rank, worker.sequence, worker.version)
             gradient[: marks.count(workers)] = marks.marked(workers, own)
-            verdict = worker.push(peak=float(max(1, own.sequence, own.version)))
+            peak = float(max(1, own.sequence, own.version))
+            if checked:
+                peak = place.reducer.peak(stored, DTYPES["float32"])
+            verdict = worker.push(peak=peak)
             pushes.append(Push(own.version, own.version, verdict.accepted))
     except BaseException as error:
         leave_worker(worker, error)

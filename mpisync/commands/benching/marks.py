@@ -101,9 +101,10 @@ def fates(
 
     Returns:
         How many `updates` there were; gradients `computed`, `used` and `dropped`, the first two also by worker; of
-        the dropped ones `dropped_late`, `dropped_fresh`, which were computed on newer parameters than the step that
-        they were handed in for, and `dropped_told`, of which their worker learned it; updates with `two_of_one` worker
-        and with `more_than_n`; `used_stale`, gradients used in an update of newer parameters than their own.
+        the dropped ones `dropped_after`, computed on the last version, which no update followed, `dropped_fresh`,
+        computed on newer parameters than those of the step they were handed in for, `dropped_late`, which are the
+        rest, and `dropped_told`, whose worker learned of it; updates with `two_of_one` worker and with `more_than_n`
+        gradients; `used_stale`, gradients used in an update of newer parameters than their own.
 
     Raises:
         ValueError: An update holds what nobody handed in, what another has held, or what its worker was told was not
@@ -130,7 +131,8 @@ def fates(
     ]
     each = [Counter(gradient.worker for gradient in update) for update in updates]
     by_worker = Counter(worker for worker, _ in used)
-    fresh = sum(push.version > push.step for push in dropped)
+    after = sum(push.version >= len(updates) for push in dropped)
+    fresh = sum(push.step < push.version < len(updates) for push in dropped)
     return {
         "updates": len(updates),
         "computed": len(used) + len(dropped),
@@ -138,8 +140,9 @@ def fates(
         "used": len(used),
         "used_by_worker": [by_worker[worker] for worker in range(len(pushes))],
         "dropped": len(dropped),
-        "dropped_late": len(dropped) - fresh,
+        "dropped_late": len(dropped) - fresh - after,
         "dropped_fresh": fresh,
+        "dropped_after": after,
         "dropped_told": sum(push.accepted is False for push in dropped),
         "two_of_one": sum(max(own.values()) > 1 for own in each),
         "more_than_n": sum(len(update) > aggregated for update in updates),

@@ -27,7 +27,9 @@ _SIZES = (100_000_000,)
 _TURNS = 2  # at every case
 _UPDATES, _SKIPPED = 10, 3  # of TensorFlow in a turn
 _SLEEP_STEPS = 4  # how many of TensorFlow's steps the straggler sleeps
-_THEIRS, _OURS, _BARE = "TensorFlow", "mpisync", "TensorFlow, nothing fetched"
+_THEIRS, _OURS = "TensorFlow", "mpisync"
+# A step as it would be without what TensorFlow's workers cannot do without, and ours with what no gradient is spared.
+_BARE, _CHECKED = "TensorFlow, nothing fetched", "mpisync, gradients checked for NaN"
 _FATES = {
     "updates": "updates",
     "computed": "gradients computed",
@@ -35,9 +37,10 @@ _FATES = {
     "used": "gradients in an update",
     "used_by_worker": "  by worker",
     "dropped": "gradients dropped",
-    "dropped_late": "  late: enough others were in before",
-    "dropped_fresh": "  of newer parameters than the step they were for",
-    "dropped_told": "  with a word to their worker",
+    "dropped_late": "  late: enough others had come",
+    "dropped_fresh": "  up to date, but handed in for a step before",
+    "dropped_after": "  of the last version, which no update followed",
+    "dropped_told": "gradients of whose drop the worker was told",
     "two_of_one": "updates with two gradients of one worker",
     "more_than_n": "updates with more than N gradients",
     "used_stale": "gradients in an update of newer parameters",
@@ -69,11 +72,10 @@ class Turns:
         for case in _CASES:
             sleep_s = _SLEEP_STEPS * step_s if case.straggles else 0.0
             lasted_s, step_s = on_first(self._comm, partial(self._theirs, case, _THEIRS, sleep_s))
+            self._ours(case, _OURS, sleep_s, lasted_s)
             if not case.backup:
-                on_first(self._comm, partial(self._theirs, case, _BARE, sleep_s))
-            played = ours(self._comm, self._elements, case, sleep_s, self._updates, lasted_s)
-            if played is not None:
-                self._note(case, _OURS, played)
+                lasted_s, _ = on_first(self._comm, partial(self._theirs, case, _BARE, sleep_s))
+                self._ours(case, _CHECKED, sleep_s, lasted_s)
 
     def _theirs(self, case: Case, name: str, sleep_s: float) -> tuple[float, float]:
         """Let TensorFlow play; how long it took, and the middle step of it, in seconds."""
@@ -81,6 +83,14 @@ class Turns:
         played = theirs(self._cluster, self._elements, self._updates, case, sleep_s, fetch=name == _THEIRS)
         self._note(case, name, played)
         return played.made_s[-1] - played.made_s[0], statistics.median(played.steps_s(self._skipped))
+
+    def _ours(self, case: Case, name: str, sleep_s: float, lasted_s: float) -> None:
+        played = ours(
+            self._comm, self._elements, case, sleep_s=sleep_s, least=self._updates, play_s=lasted_s,
+            checked=name == _CHECKED,
+        )  # fmt: skip
+        if played is not None:
+            self._note(case, name, played)
 
     def _note(self, case: Case, name: str, played: Played) -> None:
         self._played.setdefault((case, name), []).append(played)
@@ -130,16 +140,14 @@ def show(size_bytes: int, workers: int, found: dict[str, Any]) -> None:
     print(f"\n# {size_bytes} bytes, {workers} workers, ms from version to version")
     rows: list[list[object]] = []
     for what, each in found["ms"].items():
-        ratio = f"{found['ratios'][what]:.1f} x ours" if what in found["ratios"] else ""
+        ratio = f"{found['ratios'][what]:.1f} x {_OURS}" if what in found["ratios"] else ""
         rows.append([what, *(float(each[column]) for column in COLUMNS), ratio])
     print(table(["", *COLUMNS, ""], rows))
-    columns = [what for what in found["gradients"] if not what.startswith(_BARE)]
     print("\n# what became of the gradients")
     for case in _CASES:
-        pair = [what for what in columns if what.endswith(", " + case.named(workers))]
-        counted = [found["gradients"][what] for what in pair]
+        counted = [found["gradients"][f"{name}, {case.named(workers)}"] for name in (_THEIRS, _OURS)]
         rows = [[words.ljust(50), *(_cell(each[key]) for each in counted)] for key, words in _FATES.items()]
-        print(table([case.named(workers).ljust(50), *(what.split(",")[0] for what in pair)], rows), flush=True)
+        print(table([case.named(workers).ljust(50), _THEIRS, _OURS], rows), flush=True)
 
 
 def _cell(value: int | list[int]) -> str:
