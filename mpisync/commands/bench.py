@@ -26,7 +26,7 @@ import os
 import sys
 
 from mpisync import launchers
-from mpisync.commands.benching import cluster
+from mpisync.commands.benching import cluster, marks
 
 NAME = "bench"
 METHODS = ("shared", "messages", "allreduce", "reduce_bcast", "gloo")
@@ -61,12 +61,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Become `mpisync run` of this command; as a rank of its job, or of another launcher's, measure."""
     check(options)
+    placed = launchers.placement()
+    workers = placed.size - 1 if placed else _WORKERS if options.workers is None else options.workers
+    if placed is None and workers < 2:
+        raise ValueError(f"the comparison needs at least 2 workers, not {workers}")
     if options.tensorflow:
-        check_tensorflow(options)
-    if launchers.placement() is None:
-        workers = _WORKERS if options.workers is None else options.workers
-        if workers < 2:
-            raise ValueError(f"the comparison needs at least 2 workers, not {workers}")
+        check_tensorflow(options, workers)
+    if placed is None:
+        if options.tensorflow:  # ranks that are started already leave it to the first of them
+            cluster.check_python(options.tensorflow)
         start = [sys.executable, "-m", "mpisync", "run", "-n", str(workers + 1), "-m", "mpisync", NAME]
         sys.stdout.flush()
         os.execv(sys.executable, [*start, *words(options)])
@@ -96,19 +99,21 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no power of two from --min {options.min} to --max {options.max}")
 
 
-def check_tensorflow(options: argparse.Namespace) -> None:
-    """Refuse options that the comparison with TensorFlow has no use for, and an interpreter without TensorFlow.
+def check_tensorflow(options: argparse.Namespace, workers: int) -> None:
+    """Refuse what the comparison with TensorFlow has no use for.
 
     Raises:
-        ValueError: There is such an option.
-        RuntimeError: There is no TensorFlow.
+        ValueError: There is such an option, or a size too small for the marks.
     """
     used = ("--tensorflow", "--workers", "--sizes", "--iterations", "--skip", "--out")
     unused = [word for word in words(options) if word.startswith("--") and word not in used]
     if unused:
         raise ValueError(f"--tensorflow takes {', '.join(used[1:])} and not {unused[0]}")
-    if launchers.placement() is None:  # else the ranks are started already, and the first one finds out
-        cluster.check_python(options.tensorflow)
+    least_bytes = 4 * marks.count(workers)
+    if options.sizes and min(options.sizes) < least_bytes:
+        raise ValueError(
+            f"--sizes must be at least {least_bytes} for the marks of {workers} workers, not {min(options.sizes)}"
+        )
 
 
 def words(options: argparse.Namespace) -> list[str]:

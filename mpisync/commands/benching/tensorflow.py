@@ -166,8 +166,6 @@ def compare(asked: argparse.Namespace, comm: MPI.Intracomm) -> None:
         raise ValueError(f"the comparison needs two workers and a root at least, and this is {comm.size} of 3 ranks")
     if comm.Split_type(MPI.COMM_TYPE_SHARED).size < comm.size:
         raise ValueError("--tensorflow compares on one machine, and these ranks are on several")
-    if min(sizes) < (least_bytes := 4 * marks.count(workers)):
-        raise ValueError(f"--sizes must be at least {least_bytes} for the marks of {workers} workers, not {min(sizes)}")
     about, results = machine(), {}
     cluster: Cluster | None = None
     with ExitStack() as ends:
