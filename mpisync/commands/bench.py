@@ -12,11 +12,10 @@ update. A round takes as long as its slowest rank. Contenders alternate, after a
 rounds at a time. A wrong result ends the run with exit code 1. The last line is one JSON document with the
 settings, the machine and all numbers, in milliseconds.
 
-With --tensorflow the last rank's place is taken by a parameter server and the workers' by TensorFlow's, over gRPC on
-loopback, and a step lasts from one version to the next: with all workers, with one of them as a backup, and with one
-that straggles besides. Both take turns. Marks in the gradients show of which of them each update is the mean, so what
-became of every gradient is counted: used, dropped, told. PYTHON is an interpreter that has tensorflow-cpu; 100 MB take
-some three minutes on two cores.
+With --tensorflow, TensorFlow (a parameter server and W workers, gRPC over loopback) and mpisync take turns, and a step
+lasts from one version to the next: with all workers, with one of them as a backup, and with one that straggles besides.
+Marks in the gradients show of which of them each update is the mean, so what became of every gradient is counted: used,
+dropped, told. PYTHON is an interpreter that has tensorflow-cpu; 100 MB take some three minutes on two cores.
 """
 
 from __future__ import annotations

@@ -3,6 +3,11 @@
 The last rank is the root, the others are W workers; rank 0 also starts TensorFlow's processes. In a turn TensorFlow
 makes a number of updates while all ranks sleep, then mpisync trains for as long while TensorFlow's processes wait for
 their next order.
+
+TensorFlow's chief begins with N tokens in the queue, which is its hook's default. A worker takes a token after each
+gradient, and with it the step its next one is for; W come with every update. So where fewer than W were taken, or with
+those of the beginning, some are old: a worker that gets the open step's may count twice in it, and one that gets an
+older step's computes in vain.
 """
 
 from __future__ import annotations
@@ -107,6 +112,8 @@ class Turns:
             if name != _OURS:
                 what, our = (f"{each}, {case.named(workers)}" for each in (name, _OURS))
                 found["ratios"][what] = round(found["ms"][what]["p50"] / found["ms"][our]["p50"], 2)
+        middle = [found["ms"][f"{name}, {_CASES[0].named(workers)}"]["p50"] for name in (_THEIRS, _CHECKED)]
+        found["ratios"][f"{_THEIRS}/{_CHECKED}"] = round(middle[0] / middle[1], 2)
         return found
 
 
@@ -143,6 +150,8 @@ def show(size_bytes: int, workers: int, found: dict[str, Any]) -> None:
         ratio = f"{found['ratios'][what]:.1f} x {_OURS}" if what in found["ratios"] else ""
         rows.append([what, *(float(each[column]) for column in COLUMNS), ratio])
     print(table(["", *COLUMNS, ""], rows))
+    last = f"{_THEIRS}/{_CHECKED}"
+    print(f"  {last} {found['ratios'][last]:.1f}")
     print("\n# what became of the gradients")
     for case in _CASES:
         counted = [found["gradients"][f"{name}, {case.named(workers)}"] for name in (_THEIRS, _OURS)]
