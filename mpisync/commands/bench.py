@@ -15,7 +15,8 @@ settings, the machine and all numbers, in milliseconds.
 With --tensorflow, TensorFlow (a parameter server and W workers, gRPC over loopback) and mpisync take turns, and a step
 lasts from one version to the next: with all workers, with one of them as a backup, and with one that straggles besides.
 Marks in the gradients show of which of them each update is the mean, so what became of every gradient is counted: used,
-dropped, told. PYTHON is an interpreter that has tensorflow-cpu; 100 MB take some three minutes on two cores.
+dropped, told. PYTHON is an interpreter that has tensorflow-cpu; 100 MB take some three minutes on two cores, meanwhile
+TensorFlow's servers listen on all network interfaces, as they always do.
 """
 
 from __future__ import annotations
