@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
@@ -47,9 +45,9 @@ class Carried:
         self._presence |= self._kept_presence
         return total, max(peak_of(segment) for segment in self._gradient.segments)
 
-    def judged(self, version: int, samples: int, peak: float, *, is_late: bool, carries: bool) -> None:
-        """Keep the gradient that was sent if it was late; nothing that has NaN or Inf."""
-        if not is_late or not math.isfinite(peak):
+    def judged(self, version: int, samples: int, *, is_late: bool, carries: bool) -> None:
+        """Keep the gradient that was sent if it was late, and finite."""
+        if not is_late:
             self._kept = []
             return
         self._oldest = self._oldest if carries else version

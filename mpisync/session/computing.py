@@ -177,7 +177,7 @@ class Computing:
         if self._again is not None:
             self._again.judged(is_late=is_late)
         if self._carried is not None:
-            self._carried.judged(version, total, peak, is_late=is_late, carries=carries)
+            self._carried.judged(version, total, is_late=is_late, carries=carries)
         self._pull()
         return verdict
 
