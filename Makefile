@@ -1,4 +1,4 @@
-# make venv | test | demo | docs | lint | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
+# make venv | test | demo | docs | lint | tensorflow | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
 #
 # Each target makes what it needs: a virtual environment with an embedded MPI, torch and the rest,
 # pinned by constraints.txt. Needed on the machine: make, Python >= 3.10 with its venv module.
@@ -20,7 +20,7 @@ MISSING = if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/de
 	else echo 'make: no Python >= 3.10 on PATH; install one (apt-get install python3 python3-venv; dnf' \
 	'install python3.12; a cluster: module load python) or name it: make PYTHON=/path/to/python3'; fi
 
-.PHONY: venv test demo docs lint clean
+.PHONY: venv test demo docs lint tensorflow clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -50,6 +50,14 @@ docs: $(VENV)/.mpisync-docs
 $(VENV)/.mpisync-docs: $(STAMP)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--no-build-isolation --editable '.[docs]'
+	touch $@
+
+# TensorFlow in an environment of its own (1.6 GB), for `mpisync bench --tensorflow .venv-tensorflow/bin/python`.
+tensorflow: .venv-tensorflow/.mpisync
+
+.venv-tensorflow/.mpisync:
+	$(PYTHON) -m venv --clear .venv-tensorflow
+	.venv-tensorflow/bin/python -m pip install --quiet tensorflow-cpu==2.21.0
 	touch $@
 
 lint: $(STAMP)
