@@ -13,7 +13,11 @@ from mpisync.policies import (
     BackupWorkers,
     Deadline,
     Decision,
+    OpenStep,
+    RecordWriter,
     Replay,
+    RunHeader,
+    StepRecord,
 )
 
 WORKERS = 4
@@ -182,3 +186,20 @@ def test_the_player_sees_a_deadlock():
     steps = recorded([(0, 0, 0)], [(1, 0, 0)])
     with pytest.raises(Deadlock):
         play(Replay(steps), steady(1, 9), workers=2, steps=2, deaths={1: 5.0})
+
+
+@pytest.mark.parametrize("on_late", ["carry", "discard"])
+def test_where_late_gradients_are_carried_they_are_computed_where_they_were(on_late, tmp_path):
+    path = tmp_path / "record.jsonl"
+    with RecordWriter(path) as writer:
+        writer.header(RunHeader("backup:1", 2, 0, 0.0, "1", ["a", "a"], {"on_late": on_late}))
+        for step, accepted, late in ((0, (1, 0, 0), None), (1, (1, 1, 1), (0, 0, 0)), (2, (0, 1, 2), (1, 2, 2))):
+            verdicts = [(accepted, "accepted")] + ([(late, "late")] if late else [])
+            arrivals = [ArrivalRecord(*gradient, verdict, 0.1) for gradient, verdict in verdicts]
+            writer.step(StepRecord(step, step, step + 0.5, step + 0.6, 1, 2, [accepted], arrivals))
+    policy, carries = Replay(path), on_late == "carry"
+    step = OpenStep(step=0, opened_s=0.0, workers=2, alive={0, 1}, accepted=[Arrival(1, 0, 0, 0.1)])
+    assert policy.closes(step, 1.0) == (not carries), "a slow worker may not have begun it yet"
+    step.held.append(Arrival(0, 0, 0, 0.2))
+    assert policy.closes(step, 1.0)
+    assert policy.resumes_at(0, 0, newest=5) == (0 if carries else 5)

@@ -44,8 +44,11 @@ class Sum(nn.Module):
         return self.weight * x.sin().mean()
 
 
-def run(comm, body=lambda session, number, x: None, data=None, each=1, **more):
-    """Train the sum; (numbers, verdict) of each gradient, the session and the final weight."""
+def run(comm, body=lambda session, number, x: None, data=None, each=1, curved=False, **more):
+    """Train the sum; (numbers, verdict) of each gradient, the session and the final weight.
+
+    Its gradient depends on the weight where the loss is `curved`.
+    """
     extent = {name: more.pop(name) for name in ("steps", "epochs", "resume") if name in more}
     model, got, batch = Sum(), [], []
     more = {"policy": mpisync.BackupWorkers(1), "progress": False, **more}
@@ -58,7 +61,7 @@ def run(comm, body=lambda session, number, x: None, data=None, each=1, **more):
             if word == "pass over":
                 batch = []
                 continue
-            model(x).backward()
+            (model(x).add(-1).square() if curved else model(x)).backward()
             if (number + 1) % each == 0:
                 got.append((batch, session.step(cost=float(len(x)))))
                 batch = []
@@ -382,9 +385,9 @@ def test_a_replay_repeats_the_run_bit_for_bit(comm, on_late, tmp_path):
         if session.worker == 0 and number in (1, 2, 5):
             be_late(session)
 
-    recorded, _, final = run(comm, body, steps=20, on_late=on_late, record=path)
+    recorded, _, final = run(comm, body, steps=20, on_late=on_late, record=path, curved=True)
     comm.barrier()
-    replayed, _, again = run(comm, steps=20, on_late=on_late, policy=Replay(path))
+    replayed, _, again = run(comm, steps=20, on_late=on_late, policy=Replay(path), curved=True)
     assert again == final
     if comm.rank < WORKERS:
         shared = min(len(recorded), len(replayed))
