@@ -62,7 +62,7 @@ def _costs(by_cost: Mapping[int, Account]) -> list[str]:
     if _is_higher(dear, cheap):
         lines.append(
             f"so dear batches count less often: {_share(dear):.1%} of those that cost {2.0 ** classes[split][0]:g} or "
-            f"more did not, {_share(cheap):.1%} of the others; on_late='requeue' uses every sample all the same"
+            f"more did not, {_share(cheap):.1%} of the others"
         )
     return lines
 
