@@ -12,10 +12,10 @@ from mpisync.policies.base import OpenStep, number_text, whole_number
 from mpisync.policies.durations import Turnarounds, time_per_step
 from mpisync.policies.records import StepRecord
 
-__all__ = ["Adaptive", "noise_scale_of"]
+__all__ = ["Adaptive", "moments", "noise_scale_of"]
 
 _WINDOW = 48  # steps that a decision looks back on
-_PERIOD = 4  # steps from one decision to the next, and before the first
+_WARM_UP = 4  # steps before the first decision
 _MARGIN = 0.01  # what a change must save, of the cost, to be made
 _CANDIDATES = 16  # values of N weighed at a decision, about
 _SECONDS_PER_TIME = 3e-7  # that weighing costs, for each step looked back on, worker and candidate
@@ -38,10 +38,10 @@ class Adaptive(FirstN):
       Where that is not above 0, or unknown since N is 1, all gradients count as noise: N_c = ∞.
 
     The first four steps do without one worker, whose time shows all the same, and which may hang
-    without holding up the others; then N is weighed every fourth step, or less often where steps
+    without holding up the others; then N is weighed after every step, or less often where steps
     are so short that weighing would cost more than 2 % of them. It changes only where that saves at
-    least 1 % of the cost. What a worker took before it became slower or faster, as four gradients
-    in a row tell, is forgotten. `StepRecord.why` tells each decision.
+    least 1 % of the cost. What a worker took before it became slower or faster, as three or four
+    gradients in a row tell, is forgotten. `StepRecord.why` tells each decision.
 
     While N is all workers, one that hangs holds its step up until it wakes or is known to be dead:
     an `at_most` below the number of workers waits for nobody.
@@ -78,7 +78,7 @@ class Adaptive(FirstN):
     _workers: int = field(default=0, repr=False)
     _n: int | None = field(default=None, repr=False)
     _why: str | None = field(default=None, repr=False)
-    _decided: tuple[int, float] | None = field(default=None, repr=False)  # at which step, when
+    _decided_s: float | None = field(default=None, repr=False)  # when it was
     _recent: tuple[StepRecord, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class Adaptive(FirstN):
         return self._why
 
     def after(self, record: StepRecord) -> Adaptive:
-        """Take note of a step; every few of them, decide on N."""
+        """Take note of a step, and decide on N."""
         seen = max((arrival.worker + 1 for arrival in record.arrivals), default=0)
         known = replace(
             self,
@@ -148,11 +148,10 @@ class Adaptive(FirstN):
 
     def _is_due(self) -> bool:
         last = self._recent[-1]
-        if self._decided is None:
-            return len(self._recent) >= _PERIOD
-        step, at_s = self._decided
+        if self._decided_s is None:
+            return len(self._recent) >= _WARM_UP
         costs_s = _SECONDS_PER_TIME * len(self._recent) * self._workers * len(self._candidates())
-        return last.step + 1 >= step + _PERIOD and (last.published_s - at_s) * _SHARE >= costs_s
+        return (last.published_s - self._decided_s) * _SHARE >= costs_s
 
     def _current(self) -> int:
         return max(min(self._chosen(self._workers), self._recent[-1].alive), 1)
@@ -193,8 +192,7 @@ class Adaptive(FirstN):
         else:
             why += f" stays: the cheapest at {step_s[now]:.3g} s a step"
         why += f", noise scale {noise_scale:.3g}"
-        last = self._recent[-1]
-        return replace(self, _n=chosen, _why=why, _decided=(last.step + 1, last.published_s))
+        return replace(self, _n=chosen, _why=why, _decided_s=self._recent[-1].published_s)
 
     def __str__(self) -> str:
         """Return for example `adaptive:at_least=4`."""
@@ -220,11 +218,29 @@ def noise_scale_of(records: Iterable[StepRecord]) -> float:
     """
     noise = square = 0.0
     for record in records:
-        k = len(record.accepted)
-        if record.norms is None or k < 2 or not all(map(math.isfinite, record.norms)):
-            continue
-        gradient_squares, mean_square = record.norms
-        variance = max(gradient_squares - k * mean_square, 0.0) / (k - 1)
-        noise += variance
-        square += mean_square - variance / k
+        if (estimates := moments(record)) is not None:
+            noise += estimates[0]
+            square += estimates[1]
     return noise / square if square > 0 else math.inf
+
+
+def moments(record: StepRecord) -> tuple[float, float] | None:
+    """Estimate the variance of one gradient, and the square of the gradient, from a step's norms.
+
+    Returns:
+        V̂ = (Σ‖g_j‖² − k‖ḡ‖²)/(k − 1) and ‖∇F‖² = ‖ḡ‖² − V̂/k, for k accepted gradients g_j with mean
+        ḡ; both without bias, the second below 0 at times. None if the step has no norms of at least
+        two gradients that are not all 0.
+
+    Example:
+        >>> moments(StepRecord(0, 0.0, 1.0, 1.0, 2, 2, [(0, 0, 0), (1, 0, 0)], [], norms=(20.0, 7.0)))
+        (6.0, 4.0)
+    """
+    k = len(record.accepted)
+    if record.norms is None or k < 2 or not all(map(math.isfinite, record.norms)):
+        return None
+    gradient_squares, mean_square = record.norms
+    if not gradient_squares > 0:
+        return None
+    variance = max(gradient_squares - k * mean_square, 0.0) / (k - 1)
+    return variance, mean_square - variance / k
