@@ -15,7 +15,7 @@ from mpisync.policies.records import StepRecord
 __all__ = ["Adaptive", "moments", "noise_scale_of"]
 
 _WINDOW = 48  # steps that a decision looks back on
-_WARM_UP = 4  # steps before the first decision
+_PERIOD = 4  # steps from one decision to the next, and before the first
 _MARGIN = 0.01  # what a change must save, of the cost, to be made
 _CANDIDATES = 16  # values of N weighed at a decision, about
 _SECONDS_PER_TIME = 3e-7  # that weighing costs, for each step looked back on, worker and candidate
@@ -38,7 +38,7 @@ class Adaptive(FirstN):
       Where that is not above 0, or unknown since N is 1, all gradients count as noise: N_c = ∞.
 
     The first four steps do without one worker, whose time shows all the same, and which may hang
-    without holding up the others; then N is weighed after every step, or less often where steps
+    without holding up the others; then N is weighed every fourth step, or less often where steps
     are so short that weighing would cost more than 2 % of them. It changes only where that saves at
     least 1 % of the cost. What a worker took before it became slower or faster, as three or four
     gradients in a row tell, is forgotten. `StepRecord.why` tells each decision.
@@ -78,7 +78,7 @@ class Adaptive(FirstN):
     _workers: int = field(default=0, repr=False)
     _n: int | None = field(default=None, repr=False)
     _why: str | None = field(default=None, repr=False)
-    _decided_s: float | None = field(default=None, repr=False)  # when it was
+    _decided: tuple[int, float] | None = field(default=None, repr=False)  # at which step, when
     _recent: tuple[StepRecord, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class Adaptive(FirstN):
         return self._why
 
     def after(self, record: StepRecord) -> Adaptive:
-        """Take note of a step, and decide on N."""
+        """Take note of a step; every few of them, decide on N."""
         seen = max((arrival.worker + 1 for arrival in record.arrivals), default=0)
         known = replace(
             self,
@@ -148,10 +148,11 @@ class Adaptive(FirstN):
 
     def _is_due(self) -> bool:
         last = self._recent[-1]
-        if self._decided_s is None:
-            return len(self._recent) >= _WARM_UP
+        if self._decided is None:
+            return len(self._recent) >= _PERIOD
+        step, at_s = self._decided
         costs_s = _SECONDS_PER_TIME * len(self._recent) * self._workers * len(self._candidates())
-        return (last.published_s - self._decided_s) * _SHARE >= costs_s
+        return last.step + 1 >= step + _PERIOD and (last.published_s - at_s) * _SHARE >= costs_s
 
     def _current(self) -> int:
         return max(min(self._chosen(self._workers), self._recent[-1].alive), 1)
@@ -192,7 +193,8 @@ class Adaptive(FirstN):
         else:
             why += f" stays: the cheapest at {step_s[now]:.3g} s a step"
         why += f", noise scale {noise_scale:.3g}"
-        return replace(self, _n=chosen, _why=why, _decided_s=self._recent[-1].published_s)
+        last = self._recent[-1]
+        return replace(self, _n=chosen, _why=why, _decided=(last.step + 1, last.published_s))
 
     def __str__(self) -> str:
         """Return for example `adaptive:at_least=4`."""
