@@ -1,6 +1,6 @@
 """Adaptive against every number of backup workers and against rules after DBW and AdaSync, simulated.
 
-    python benchmarks/adaptive.py            about five minutes on one core; no MPI
+    python benchmarks/adaptive.py            about two minutes on one core; no MPI
     python benchmarks/adaptive.py --quick    one seed, for a look
 
 Regimes: `light`, 32 workers with a real trace's light tails; `persistent`, one of 16 is 2.36 times
