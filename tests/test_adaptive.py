@@ -22,7 +22,7 @@ from mpisync.policies import (
     parse_policy,
 )
 from mpisync.policies.adaptive import noise_scale_of
-from mpisync.policies.durations import Turnarounds, time_per_step
+from mpisync.policies.durations import Turnarounds, changed_at, time_per_step
 
 ALL_NOISE = math.inf
 
@@ -187,6 +187,13 @@ def test_a_change_is_noticed_after_four_steps_whatever_was_before():
     table[100:, 4] /= 2.36
     found = chosen(played(Adaptive(noise_scale=ALL_NOISE), table))
     assert found[99] == 4 and found[110] == 5
+
+
+@pytest.mark.parametrize(("known", "slow"), [(12, 4), (21, 3), (45, 3)])
+def test_the_more_is_known_of_a_worker_the_fewer_gradients_tell_a_change(known, slow):
+    before = np.random.default_rng(0).uniform(0.98, 1.02, known).tolist()
+    assert changed_at([*before, *[2.0] * slow]) == known == changed_at([*before, *[0.5] * slow])
+    assert changed_at([*before, *[2.0] * (slow - 1)]) == 0
 
 
 def test_what_a_step_takes_beyond_waiting_counts():

@@ -15,7 +15,9 @@ from mpisync.planning.composite import Composite, chen2016
 from mpisync.planning.efficiency import Efficiency, fit_iterations
 from mpisync.planning.laws import Lognormal
 from mpisync.planning.observed import observe, read_times
-from mpisync.policies import BackupWorkers
+from mpisync.planning.simulation import simulate
+from mpisync.planning.trials import decisions, try_policies
+from mpisync.policies import Adaptive, BackupWorkers
 
 TRACE = "tests/data/bytedance_SE_dp_compute_seconds_42x32.csv"
 PAPER = ["--iterations", "50:137500", "--iterations", "100:76200"]
@@ -356,8 +358,32 @@ def test_plots_are_drawn_and_are_the_same_again(capsys, tmp_path, trace, ending)
     first, second = (path.read_bytes() for path in paths)
     assert first == second
     if ending == "svg":
-        for text in (b"Waiting for the k-th gradient", b"backup workers b", b"gain (%)", b"time in the step (s)"):
+        for text in (b"Waiting for the k-th gradient", b"backup workers b", b"gain (%)", b"time in the step (s)",
+                     b"Error against time (a model", b"What Adaptive decided with these delays"):
             assert text in first
+
+
+def test_policies_are_tried_on_the_plans_own_delays():
+    """One of 8 takes 3 s for 1 s: who does without it is three times as soon, but for the noise of 7 for 8."""
+    times = np.random.default_rng(0).lognormal(0.0, 0.01, (60, 8)) * [1, 1, 1, 1, 1, 1, 1, 3]
+    trials = try_policies(advise(observe(times), Efficiency(4.0)))
+    sooner = {one.policy: one.sooner for one in trials.each}
+    assert sooner["backup:0"] == 1.0 and (trials.noise, trials.is_assumed) == (4.0, False)
+    assert 2.4 < sooner["backup:1"] < 3.1 and 2.4 < sooner["adaptive"] < 3.1
+    for one in trials.each:
+        assert len(one.times_s) == len(one.errors) and one.errors[0] == pytest.approx(1.0) and one.errors[-1] < 0.5
+    assert try_policies(advise(observe(times))).is_assumed
+    assert try_policies(advise(observe(times[:3]))) is None
+
+
+def test_adaptives_own_decisions_are_shown_where_the_run_had_some(tmp_path):
+    times = np.random.default_rng(0).lognormal(0.0, 0.02, (80, 5))
+    times[40:, 4] *= 3
+    steps = list(simulate(Adaptive(noise_scale=9.0), times, steps=80))
+    own = decisions(advise(read_times(record(tmp_path, steps, workers=5, policy="adaptive:noise_scale=9"))))
+    assert own.is_own and [step.why for step in own.steps] == [step.why for step in steps]
+    played = decisions(advise(observe(times), Efficiency(9.0)))
+    assert not played.is_own and [step.target for step in played.steps] == [step.target for step in steps]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (25, 2), (30, 500)])

@@ -370,7 +370,7 @@ def test_a_record_without_compute_times_is_refused():
         costs_from_records(played(BackupWorkers(0), alike(2), steps=1))
 
 
-@pytest.mark.parametrize("name", "calibration costs learning scale simulation".split())
+@pytest.mark.parametrize("name", "calibration costs learning scale simulation trials".split())
 def test_the_examples_in_docstrings_run(name):
     results = doctest.testmod(importlib.import_module(f"mpisync.planning.{name}"))
     assert results.attempted and not results.failed

@@ -13,7 +13,7 @@ Where too little is known to answer, it says what is needed and the exit code is
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpisync.planning.advice import Advice
@@ -76,13 +76,15 @@ def main(options: argparse.Namespace) -> int:
     observed, law, stopped_s = _times(options)
     advice = advise(
         observed, _efficiency(options, observed), stopped_s=stopped_s, is_law=law is not None,
-        late_stop=options.stale, seed=options.seed, watched=_bar(observed),
+        late_stop=options.stale, seed=options.seed, watched=_bar("playing each b", observed.times_s.size),
     )  # fmt: skip
     fits = [] if law is not None or advice.choices is None else fit_laws(observed.times_s, seed=options.seed)
     if options.plot:
         from mpisync.planning.plots import draw
+        from mpisync.planning.trials import decisions, try_policies
 
-        draw(advice, fits, options.plot)
+        trials = try_policies(advice, seed=options.seed, watched=_bar("trying each policy"))
+        draw(advice, fits, options.plot, trials, decisions(advice))
     _show(options, advice, fits, law)
     return int(advice.verdict == "declined")
 
@@ -213,9 +215,9 @@ def _reached(loss: float, paths: list[str | None]) -> list[tuple[float, float]]:
     return pairs
 
 
-def _bar(observed: "Observed"):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    """Return what goes through the choices: with a bar if that takes long and somebody looks."""
-    if observed.times_s.size < _LONG_WORK or not sys.stderr.isatty():
+def _bar(text: str, times: int = _LONG_WORK):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    """Return what goes through things to do: with a bar if that takes long and somebody looks."""
+    if times < _LONG_WORK or not sys.stderr.isatty():
         return iter
     try:
         from rich.console import Console
@@ -223,7 +225,7 @@ def _bar(observed: "Observed"):  # type: ignore[no-untyped-def]  # noqa: ANN202
     except ImportError:
         return iter
 
-    def watched(numbers: Sequence[int]) -> Iterable[int]:
-        return track(numbers, "playing each b", console=Console(stderr=True), transient=True)
+    def watched(things: Sequence[Any]) -> Iterable[Any]:
+        return track(things, text, console=Console(stderr=True), transient=True)
 
     return watched

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from mpisync.planning.empirical import block_steps
 from mpisync.planning.laws import Seconds
 from mpisync.policies import StepRecord
+from mpisync.policies.adaptive import moments
 
 __all__ = ["Efficiency", "fit_iterations", "iterations_to_loss", "noise_from_steps"]
 
@@ -98,9 +99,9 @@ def fit_iterations(pairs: Iterable[tuple[float, float]]) -> Efficiency:
 def noise_from_steps(steps: Sequence[StepRecord], *, seed: int = 0) -> Efficiency | None:
     """Measure N_c from the gradients' norms, which the root takes.
 
-    Of k gradients in a step: V = (Σ‖g_j‖² - k‖ḡ‖²)/(k-1) estimates the variance of one without bias,
-    and ‖ḡ‖² - V/k the squared norm of the true gradient. N_c is the ratio of their means over the
-    steps, since a mean of ratios would be biased; its range is by a bootstrap in blocks.
+    Each step estimates the variance of one gradient and the squared norm of the true one, as
+    `Adaptive` does too. N_c is the ratio of their means over the steps, since a mean of ratios would
+    be biased; its range is by a bootstrap in blocks.
 
     Args:
         steps: Of a record.
@@ -114,13 +115,10 @@ def noise_from_steps(steps: Sequence[StepRecord], *, seed: int = 0) -> Efficienc
         >>> noise_from_steps(steps).noise
         2.0
     """
-    rows = [(len(s.accepted), *s.norms) for s in steps if s.norms is not None and len(s.accepted) > 1]
-    rows = [row for row in rows if all(map(math.isfinite, row)) and row[1] > 0]
+    rows = [estimates for step in steps if (estimates := moments(step)) is not None]
     if not rows:
         return None
-    k, total, mean = np.array(rows, np.float64).T
-    variance = (total - k * mean) / (k - 1)
-    signal = mean - variance / k
+    variance, signal = np.array(rows, np.float64).T
     rng, length = np.random.default_rng(seed), block_steps(len(rows))
     starts = rng.integers(len(rows), size=(400, math.ceil(len(rows) / length)))
     drawn = (starts[..., None] + np.arange(length)).reshape(400, -1) % len(rows)

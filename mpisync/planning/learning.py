@@ -105,6 +105,8 @@ class Quadratic:
 
     Attributes:
         start: Where descent begins: F(start) is 1.
+        curvature: λ.
+        sigma: The deviation of the noise in each element: σ/√dimension.
 
     Args:
         dimension: Of θ.
@@ -120,7 +122,7 @@ class Quadratic:
     def __init__(self, dimension: int, noise: float = 1.0, condition: float = 10.0) -> None:
         self.curvature = np.geomspace(1 / condition, 1.0, dimension)
         self.start = np.sqrt(2 / (self.curvature * dimension))
-        self._sigma = noise / np.sqrt(dimension)
+        self.sigma = noise / np.sqrt(dimension)
 
     def error(self, parameters: Array) -> float:
         """Return F(θ), whose least value is 0."""
@@ -128,7 +130,7 @@ class Quadratic:
 
     def gradient(self, parameters: Array, random: np.random.Generator) -> Array:
         """Return ∇F(θ) and noise."""
-        slope: Array = self.curvature * parameters + self._sigma * random.standard_normal(parameters.size)
+        slope: Array = self.curvature * parameters + self.sigma * random.standard_normal(parameters.size)
         return slope
 
 

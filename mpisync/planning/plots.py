@@ -1,4 +1,4 @@
-"""The plots of a plan: waiting, gain, who was slow when, and the law of the times."""
+"""The plots of a plan: waiting, gain, who was slow when, the law of the times; then what policies make of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from mpisync.planning.advice import Advice
 from mpisync.planning.choices import Choices
 from mpisync.planning.fitting import Fit
 from mpisync.planning.laws import Seconds
+from mpisync.planning.played import decided, raced
+from mpisync.planning.trials import Decisions, Trials
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +27,17 @@ _LOGARITHMIC = 3  # times the median from which colours are on a logarithmic sca
 _LEAST_GAIN, _FARTHEST = 0.8, 6  # choices that lose more, or have more times as many backups, are off the plot
 
 
-def draw(advice: Advice, fits: list[Fit], path: str) -> None:
+def draw(
+    advice: Advice, fits: list[Fit], path: str, trials: Trials | None = None, decisions: Decisions | None = None
+) -> None:
     """Draw a plan into a file.
 
     Args:
         advice: The plan.
         fits: Laws fitted to its times, the best first; may be empty.
         path: The file; its ending says how: .svg, .png or .pdf.
+        trials: How the policies train a model.
+        decisions: The N_t of `Adaptive`.
 
     Raises:
         RuntimeError: There is no matplotlib.
@@ -49,8 +55,9 @@ def draw(advice: Advice, fits: list[Fit], path: str) -> None:
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
              "svg.hashsalt": "mpisync", "axes.titlesize": 10, "axes.titlelocation": "left"}  # fmt: skip
     with rc_context(style):
-        figure = Figure(figsize=(10.5, 7.6), layout="constrained")
-        axes = figure.subplots(2, 2)
+        rows = 2 if trials is None and decisions is None else 3
+        figure = Figure(figsize=(10.5, 3.8 * rows), layout="constrained")
+        axes = figure.subplots(rows, 2)
         times_s = advice.observed.times_s
         _waiting(axes[0, 0], times_s, fits, advice.backup)
         if advice.choices is None:
@@ -60,6 +67,9 @@ def draw(advice: Advice, fits: list[Fit], path: str) -> None:
             _gains(axes[0, 1], advice.choices, advice.backup)
         _picture(axes[1, 0], advice, figure)
         _tail(axes[1, 1], times_s, fits)
+        if rows > 2:
+            raced(axes[2, 0], trials, advice)
+            decided(axes[2, 1], decisions, times_s.shape[1])
         # Without the date the same plan gives the same file.
         figure.savefig(path, dpi=150, metadata={"Date": None} if ending == ".svg" else None)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpisync.planning.laws import Seconds
 from mpisync.policies import ArrivalRecord, RunHeader, StepRecord, read_record
+from mpisync.policies.durations import Turnarounds
 
 __all__ = ["RunTimes", "times_of_run"]
 
@@ -105,18 +106,9 @@ def _count_silent(
     header: RunHeader, steps: list[StepRecord], times_s: Seconds, first: int | None, notes: list[str]
 ) -> None:
     """Count what a worker was computing when the run ended, if it had taken far longer than usual."""
-    end_s = steps[-1].closed_s
-    heard: dict[int, tuple[float, int]] = {w: (steps[0].opened_s, steps[0].step) for w in range(header.workers)}
-    for step in steps:
-        for arrival in step.arrivals:
-            # One that was accepted waits for the publication, at which it goes on.
-            accepted = arrival.verdict == "accepted"
-            since_s = step.published_s if accepted else step.opened_s + arrival.offset_s
-            heard[arrival.worker] = (since_s, step.step + accepted)
-    for worker, (since_s, version) in heard.items():
+    for worker, (version, silent_s) in enumerate(Turnarounds(steps, header.workers).pending):
         own = times_s[np.isfinite(times_s[:, worker]), worker]
         usual_s = float(np.median(own)) if len(own) else float(np.nanmedian(times_s))
-        silent_s = end_s - since_s
         if silent_s <= _SILENT_FACTOR * usual_s:
             continue
         if first is None or not first <= version < first + len(times_s):

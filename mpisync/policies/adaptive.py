@@ -12,7 +12,7 @@ from mpisync.policies.base import OpenStep, number_text, whole_number
 from mpisync.policies.durations import Turnarounds, time_per_step
 from mpisync.policies.records import StepRecord
 
-__all__ = ["Adaptive", "noise_scale_of"]
+__all__ = ["Adaptive", "moments", "noise_scale_of"]
 
 _WINDOW = 48  # steps that a decision looks back on
 _PERIOD = 4  # steps from one decision to the next, and before the first
@@ -40,8 +40,8 @@ class Adaptive(FirstN):
     The first four steps do without one worker, whose time shows all the same, and which may hang
     without holding up the others; then N is weighed every fourth step, or less often where steps
     are so short that weighing would cost more than 2 % of them. It changes only where that saves at
-    least 1 % of the cost. What a worker took before it became slower or faster, as four gradients
-    in a row tell, is forgotten. `StepRecord.why` tells each decision.
+    least 1 % of the cost. What a worker took before it became slower or faster, as three or four
+    gradients in a row tell, is forgotten. `StepRecord.why` tells each decision.
 
     While N is all workers, one that hangs holds its step up until it wakes or is known to be dead:
     an `at_most` below the number of workers waits for nobody.
@@ -220,11 +220,29 @@ def noise_scale_of(records: Iterable[StepRecord]) -> float:
     """
     noise = square = 0.0
     for record in records:
-        k = len(record.accepted)
-        if record.norms is None or k < 2 or not all(map(math.isfinite, record.norms)):
-            continue
-        gradient_squares, mean_square = record.norms
-        variance = max(gradient_squares - k * mean_square, 0.0) / (k - 1)
-        noise += variance
-        square += mean_square - variance / k
+        if (estimates := moments(record)) is not None:
+            noise += estimates[0]
+            square += estimates[1]
     return noise / square if square > 0 else math.inf
+
+
+def moments(record: StepRecord) -> tuple[float, float] | None:
+    """Estimate the variance of one gradient, and the square of the gradient, from a step's norms.
+
+    Returns:
+        V̂ = (Σ‖g_j‖² − k‖ḡ‖²)/(k − 1) and ‖∇F‖² = ‖ḡ‖² − V̂/k, for k accepted gradients g_j with mean
+        ḡ; both without bias, the second below 0 at times. None if the step has no norms of at least
+        two gradients that are not all 0.
+
+    Example:
+        >>> moments(StepRecord(0, 0.0, 1.0, 1.0, 2, 2, [(0, 0, 0), (1, 0, 0)], [], norms=(20.0, 7.0)))
+        (6.0, 4.0)
+    """
+    k = len(record.accepted)
+    if record.norms is None or k < 2 or not all(map(math.isfinite, record.norms)):
+        return None
+    gradient_squares, mean_square = record.norms
+    if not gradient_squares > 0:
+        return None
+    variance = max(gradient_squares - k * mean_square, 0.0) / (k - 1)
+    return variance, mean_square - variance / k

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from mpisync.policies.records import ArrivalRecord, StepRecord
 
-_AFTER, _TOTAL = 4, 16  # turnarounds after a change, and in all, that tell it from chance
+_RARE = 900  # a change is believed that chance shows less than once in so many times
 
 
 @dataclass(slots=True)
@@ -99,25 +99,22 @@ class Turnarounds:
 def changed_at(values: Sequence[float]) -> int:
     """Return where the last change is: all values from there on are greater, or all less, than all before.
 
-    Of 16 values from one distribution the last 4 are so by chance once in 900 times, of 48 once in
-    100,000 times. The first alone is so more often, but then little is lost with it.
+    Of n values from one distribution the last m are so by chance 2 times in n over m. Only what is so
+    less than once in 900 times counts: the last 4 of 16 values, or the last 3 of 24 and more.
 
     Returns:
-        The place of the first value after the change; 0 if there is none with at least 4 values from
-        it on, and 16 in all.
+        The place of the first value after the change; 0 if there is none.
 
     Example:
-        >>> changed_at([1.0, 1.1] * 6 + [2.0, 2.2] * 2), changed_at([1.0, 2.0] * 8)
+        >>> changed_at([1.0, 1.1] * 6 + [2.0, 2.2] * 2), changed_at([1.0, 1.1] * 6 + [2.0, 2.2])
         (12, 0)
     """
-    if len(values) < _TOTAL:
-        return 0
     least, most = list(itertools.accumulate(values, min)), list(itertools.accumulate(values, max))
     least_after, most_after = math.inf, -math.inf
     for place in range(len(values) - 1, 0, -1):
         least_after, most_after = min(least_after, values[place]), max(most_after, values[place])
         apart = least_after > most[place - 1] or most_after < least[place - 1]
-        if apart and len(values) - place >= _AFTER:
+        if apart and math.comb(len(values), place) > 2 * _RARE:
             return place
     return 0
 
