@@ -2,8 +2,9 @@
 
   mpisync demo                       four workers; worker 0 sleeps 0.2 s at every batch
   mpisync demo --policy deadline:0.05,at_least=2 --delay 0.5
+  mpisync demo --task text --delay 0     long batches take long: who is late is no matter of machines
 
-Both runs are the script mpisync/commands/digits.py, started by `mpisync run`.
+Both runs are the script mpisync/commands/digits.py, or task.py for another task, started by `mpisync run`.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from pathlib import Path
 from statistics import median
 
 from mpisync.policies import RunHeader, StepRecord, parse_policy, read_record
+from mpisync.tasks.table import TASKS
 
 NAME = "demo"
 SCRIPT = Path(__file__).with_name("digits.py")
+TASK_SCRIPT = Path(__file__).with_name("task.py")
 _BASELINE = "backup:0"  # full synchronous SGD
 
 
@@ -31,7 +34,14 @@ class Outcome:
 
     header: RunHeader
     steps: list[StepRecord]
-    accuracy: float
+    metric: str
+    value: float
+
+    @property
+    def quality(self) -> str:
+        """The final metric in words."""
+        digits = ".1%" if self.metric == "test accuracy" else ".3f"
+        return f"{self.metric} {self.value:{digits}}"
 
     @property
     def took_s(self) -> float:
@@ -55,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=100, help="updates (default %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="workers (default %(default)s)")
+    parser.add_argument("--task", choices=TASKS, help="what to train instead of the script digits.py")
+    parser.add_argument("--data", metavar="FOLDER", help="where the files of mnist and cifar10 are")
+    parser.add_argument(
+        "--on-late", choices=("discard", "retry", "carry", "requeue"), default="discard",
+        help="what becomes of late gradients' samples, with --task (default %(default)s)",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -67,8 +83,8 @@ def main(options: argparse.Namespace) -> int:
     pace = f"{times:.1f} times faster" if times >= 1 else f"{1 / times:.1f} times slower"
     print(
         f"\n{shown.header.policy} is {pace} than full synchronous: {shown.took_s:.1f} s against "
-        f"{plain.took_s:.1f} s for {len(shown.steps)} steps; test accuracy "
-        f"{shown.accuracy:.1%} against {plain.accuracy:.1%}"
+        f"{plain.took_s:.1f} s for {len(shown.steps)} steps; {shown.quality} against "
+        f"{plain.quality.removeprefix(plain.metric).strip()}"
     )
     return 0
 
@@ -83,6 +99,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"the demo needs at least 2 workers, not {options.workers}")
     if options.steps < 1:
         raise ValueError(f"the number of steps must be at least 1, not {options.steps}")
+    if options.task is None and (options.data or options.on_late != "discard"):
+        raise ValueError("--data and --on-late belong to a task: name one by --task")
     if not 0 <= options.delay < 60:
         raise ValueError(f"the delay must be from 0 to 60 seconds, not {options.delay}")
     parse_policy(options.policy).check(options.workers)
@@ -90,9 +108,13 @@ def _check(options: argparse.Namespace) -> None:
 
 def _run(policy: str, options: argparse.Namespace, record: str) -> Outcome:
     """Run the script under a policy, print what came of it and return that."""
+    script = [str(SCRIPT)]
+    if options.task is not None:
+        script = [str(TASK_SCRIPT), options.task, "--on-late", options.on_late]
+        script += ["--data", options.data] if options.data else []
     command = [
         sys.executable, "-m", "mpisync", "run", "-n", str(options.workers + 1),
-        "--policy", policy, str(SCRIPT),
+        "--policy", policy, *script,
         "--steps", str(options.steps), "--delay", str(options.delay), "--record", record,
     ]  # fmt: skip
     name = "full synchronous (backup:0)" if policy == _BASELINE else policy
@@ -101,11 +123,11 @@ def _run(policy: str, options: argparse.Namespace, record: str) -> Outcome:
         flush=True,
     )
     printed = _echoed(command)
-    found = re.search(r"^test accuracy: ([\d.]+)$", printed, re.MULTILINE)
+    found = re.search(r"^([a-z ]+): ([\d.]+)$", printed, re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"the script printed no test accuracy: {SCRIPT}")
+        raise RuntimeError(f"the script printed no metric such as `test accuracy: 0.97`: {script[0]}")
     header, steps = read_record(record, strict=True)
-    outcome = Outcome(header, steps, float(found[1]))
+    outcome = Outcome(header, steps, found[1], float(found[2]))
     print("\n".join(_table(outcome)), flush=True)
     return outcome
 
@@ -134,7 +156,7 @@ def _table(outcome: Outcome) -> list[str]:
     lines = [
         f"{len(outcome.steps)} steps in {outcome.took_s:.1f} s, "
         f"{outcome.samples / outcome.took_s:,.0f} samples/s, "
-        f"test accuracy {outcome.accuracy:.1%}, {discarded} gradients discarded",
+        f"{outcome.quality}, {discarded} gradients discarded",
         "worker  accepted  late  rejected  median compute  host",
     ]
     for worker, host in enumerate(outcome.header.hosts):

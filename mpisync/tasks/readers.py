@@ -28,7 +28,7 @@ def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...] = ()) -> Bytes
         shape: Of an item: (28, 28) for MNIST's images, () for its labels.
 
     Returns:
-        An array of items, (N, *shape).
+        An array of N items, the file's first dimension.
 
     Raises:
         ValueError: The file breaks the format; the text says where and what to do.

@@ -110,7 +110,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each B × heads × L × width/heads
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).reshape(size, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return out
 
 
 class Transformer(nn.Module):
