@@ -18,6 +18,9 @@ from mpisync.commands import demo, main
         (["--delay", "-1"], "the delay must be from 0 to 60 seconds, not -1.0"),
         (["--policy", "backup:4"], "backup must be less than the number of workers"),
         (["--policy", "nonsense"], "a policy must be one of backup:B"),
+        (["--on-late", "retry"], "--data and --on-late belong to a task: name one by --task"),
+        (["--task", "mnist"], "the task mnist reads local files: give the folder"),
+        (["--task", "mnist", "--data", "."], ". has neither train-images-idx3-ubyte nor"),
     ],
 )
 def test_refuses_before_anything_is_started(arguments, rule, capsys, monkeypatch):

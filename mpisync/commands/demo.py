@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from mpisync.policies import RunHeader, StepRecord, parse_policy, read_record
-from mpisync.tasks.table import TASKS
+from mpisync.tasks.table import TASKS, make_task
 
 NAME = "demo"
 SCRIPT = Path(__file__).with_name("digits.py")
@@ -104,6 +104,8 @@ def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.delay < 60:
         raise ValueError(f"the delay must be from 0 to 60 seconds, not {options.delay}")
     parse_policy(options.policy).check(options.workers)
+    if options.task is not None:
+        make_task(options.task, options.data)  # what is wrong with its files is said once, here
 
 
 def _run(policy: str, options: argparse.Namespace, record: str) -> Outcome:

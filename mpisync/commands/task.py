@@ -31,7 +31,7 @@ options = parser.parse_args()
 task = make_task(options.task, options.data)
 torch.manual_seed(options.seed)
 model = task.model()
-began_s = time.monotonic()
+began_s = 0.0
 
 with mpisync.Session(
     MPI.COMM_WORLD,
@@ -43,6 +43,7 @@ with mpisync.Session(
     record=options.record,
 ) as session:
     for batch in session.batches(task.loader(), steps=options.steps or task.steps):
+        began_s = began_s or time.monotonic()
         time.sleep(options.delay * (session.worker == 0) + options.spike * (random.random() < 0.1))
         loss = task.loss(model, batch)
         loss.backward()
