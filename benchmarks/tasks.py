@@ -93,9 +93,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mpisync-tasks-") as folder:
         for seed in range(asked.seeds):
             for number, case in enumerate(asked.cases):
-                result = play(asked, case, seed, Path(folder) / f"{seed}-{number}.jsonl")
-                found[case].append(result)
-                print(f"{case}, seed {seed}: {task.metric} {result['final']:.4f}, {result['s']:.2f} s", flush=True)
+                outcome = play(asked, case, seed, Path(folder) / f"{seed}-{number}.jsonl")
+                found[case].append(outcome)
+                print(f"{case}, seed {seed}: {task.metric} {outcome["final"]:.4f}, {outcome["s"]:.2f} s", flush=True)
     columns = ("final", "versions_to_target", "s_to_target", "s", "late")
     heads = ["", task.metric, f"versions to {task.target}", f"s to {task.target}", "s in all", "share late"]
     rows = [[case, *(spread([run[name] for run in runs]) for name in columns)] for case, runs in found.items()]
