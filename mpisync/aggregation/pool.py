@@ -47,8 +47,8 @@ class Pool:
         if state is not None:
             if state["batches"] != batches:
                 raise ValueError(
-                    f"the run to go on with had {state['batches']} batches an epoch and this one has {batches}: its place "
-                    "in the data means nothing with other data or another batch size"
+                    f"the run to go on with had {state['batches']} batches an epoch and this one has {batches}: its "
+                    "place in the data means nothing with other data or another batch size"
                 )
             self._fresh = Lot(*state["fresh"])
             self._returned = sorted(Lot(*lot) for lot in state["returned"])
