@@ -489,3 +489,12 @@ def test_data_s_is_the_time_that_the_caller_waited(monkeypatch):
 )
 def test_the_size_of_a_batch(batch, samples):
     assert count_samples(batch) == samples
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_pool_is_asked_again_when_what_was_fetched_ahead_of_its_end_is_done(processes):
+    claims = iter([(0, 1), (0, 0), None, (0, 1), None, None])  # the second one came back
+    loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=2, num_workers=processes)
+    batches = Batches(loader, worker=0, workers=2, seed=0, claim=lambda _: next(claims))
+    assert [(x.tolist(), sequence) for (x,), sequence in batches] == [([2, 3], 0), ([0, 1], 1), ([2, 3], 2)]
+    assert next(claims, "all asked for") == "all asked for"

@@ -66,7 +66,7 @@ def test_what_one_of_two_gives_back_stays_with_the_other():
     pool.claim(0)
     pool.claim(1)
     pool.give_back(0, pool.take(0, 1))
-    assert pool.state == {"fresh": [1, 0], "returned": [[0, 0]]}
+    assert pool.state == {"batches": 1, "fresh": [1, 0], "returned": [[0, 0]]}
     pool.leave(1)
     assert drain(pool) == [Lot(0, 0)]
 
@@ -76,6 +76,21 @@ def test_what_is_given_up_does_not_come_back():
     pool.claim(0)
     pool.give_up(0, pool.take(0, 1))
     assert drain(pool) == [Lot(0, 1)] and pool.remaining == 0
+
+
+def test_a_checkpoint_has_what_was_accepted_into_a_step_that_is_still_open():
+    pool = Pool(batches=1, epochs=1)
+    pool.claim(0)
+    lots = pool.take(0, 1)
+    pool.use(lots)
+    assert pool.remaining == 0 and Pool(1, 1, pool.state).remaining == 1, "its step may never close"
+    pool.settle(lots)
+    assert Pool(1, 1, pool.state).remaining == 0
+
+
+def test_the_place_in_other_batches_is_refused():
+    with pytest.raises(ValueError, match="had 4 batches an epoch and this one has 2"):
+        Pool(2, 1, Pool(4, 1).state)
 
 
 @settings(max_examples=300, deadline=None)
@@ -96,6 +111,7 @@ def test_every_batch_is_used_once_whatever_happens_and_from_any_state(batches, e
             del held[worker][:count]
             if what == "use" and not pool.is_used(lots):
                 pool.use(lots)
+                pool.settle(lots)
                 used += lots
             else:
                 pool.give_back(worker, lots)

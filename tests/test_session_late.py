@@ -552,3 +552,14 @@ def test_a_cost_must_be_a_cost(cost):
             for (x,) in session.batches(numbers(), steps=2):
                 model(x).backward()
                 session.step(cost=cost)
+
+
+@pytest.mark.parallel(RANKS)
+def test_what_was_accepted_counts_though_the_samples_do_not_make_the_last_k_gradients(comm, tmp_path):
+    path = comm.bcast(str(tmp_path / "record.jsonl"))
+    rows = [(torch.full((1,), float(n), dtype=torch.float64),) for n in range(7)]  # one is left over
+    got, *_ = run(comm, data=rows, each=2, epochs=1, on_late="requeue", policy=mpisync.Async(k=2), record=path)
+    told = sum(used(comm, got).values())
+    steps, end = read(comm, path)
+    check_accounts(end)
+    assert told == sum(end.used) == sum(step.samples_used for step in steps)

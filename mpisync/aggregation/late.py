@@ -227,6 +227,11 @@ class Requeue(Discard):
         """It counts in the open step."""
         self._lots.use(work.lots)
 
+    def use(self, member: Member, work: Work) -> None:
+        """Its step is published."""
+        super().use(member, work)
+        self._lots.settle(work.lots)
+
     def _let_go(self, member: Member, work: Work, *, may_return: bool) -> None:
         if may_return:
             self._lots.give_back(member.worker, work.lots)

@@ -45,10 +45,16 @@ class Pool:
         self._fresh = Lot(0, 0)
         self._returned: list[Lot] = []
         if state is not None:
+            if state["batches"] != batches:
+                raise ValueError(
+                    f"the run to go on with had {state['batches']} batches an epoch and this one has {batches}: its "
+                    "place in the data means nothing with other data or another batch size"
+                )
             self._fresh = Lot(*state["fresh"])
             self._returned = sorted(Lot(*lot) for lot in state["returned"])
         self._out: dict[Lot, set[int]] = {}  # who holds it, in order of first claims
         self._held: dict[int, deque[Lot]] = {}  # by each worker, in order of its claims; used ones too
+        self._open: set[Lot] = set()  # used by a step that is not published yet
 
     @property
     def remaining(self) -> int | None:
@@ -101,10 +107,16 @@ class Pool:
         """They count: nobody else's copy of them will."""
         for lot in lots:
             self._out.pop(lot, None)
+            self._open.add(lot)
+
+    def settle(self, lots: Iterable[Lot]) -> None:
+        """The step that used them is published."""
+        self._open.difference_update(lots)
 
     def restore(self, lots: Iterable[Lot]) -> None:
         """Used lots did not count after all."""
         for lot in lots:
+            self._open.discard(lot)
             heapq.heappush(self._returned, lot)
 
     def give_back(self, worker: int, lots: Iterable[Lot]) -> None:
@@ -128,8 +140,9 @@ class Pool:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is not used, in numbers and lists; what is out now will be claimed again."""
-        return {"fresh": list(self._fresh), "returned": [list(lot) for lot in sorted([*self._returned, *self._out])]}
+        """What no published step has used, in numbers and lists; what is out now will be claimed again."""
+        left = sorted([*self._returned, *self._out, *self._open])
+        return {"batches": self.batches, "fresh": list(self._fresh), "returned": [list(lot) for lot in left]}
 
 
 class Script(Pool):

@@ -150,11 +150,13 @@ class Root:
             if self._asking.queue and not self._is_closing:
                 lacking = self.policy.target(self._step) - len(self._step.accepted)
                 self._asking.ask(lacking, self.clock(), self._make_room)
-            if self._stop_asked or not self._step.alive or self._has_no_samples():
+            if self._stop_asked or self._has_no_samples():
                 return None
             now_s = self.clock()
             if self._is_closing or self.policy.closes(self._step, now_s):
                 return self._close(now_s)
+            if not self._step.alive:  # asked last: what was accepted of those who have left counts
+                return None
             self._idle(now_s)
 
     def _has_no_samples(self) -> bool:

@@ -68,7 +68,9 @@ class Async(Policy):
             )
 
     def target(self, step: OpenStep) -> int:
-        """The k of them."""
+        """The k of them, or what is in when nobody is left."""
+        if not step.alive:  # one worker may have given several
+            return min(self.k, len(step.accepted))
         return min(self.k, step.reachable) if self.max_staleness == 0 else step.limited(self.k)
 
     def judge(self, arrival: Arrival, step: OpenStep) -> Decision:

@@ -124,7 +124,9 @@ class Alone:
         self._account.tally(fate, basis.samples)
         self._account.batches += basis.batches
         if self._pool is not None:
-            self._pool.use(self._pool.take(0, basis.batches))
+            lots = self._pool.take(0, basis.batches)
+            self._pool.use(lots)
+            self._pool.settle(lots)
 
     def samples(self) -> dict[str, Any]:
         """The account and the place in the data."""

@@ -268,8 +268,14 @@ def _draw(source: Source, start: int, skip: int) -> Generator[tuple[Any, int], N
 
 def _draw_claimed(source: Source, start: int) -> Generator[tuple[Any, int], None, None]:
     """Yield what can be claimed, each batch with its sequence, from `start`."""
-    for sequence, batch in enumerate(source.epoch(0, start, 0), start):
-        yield batch, sequence
+    sequence, before = start, -1
+    # A loader that fetches ahead finds nothing left while it still has batches in hand, and those may come back late:
+    # only who has none in hand and finds nothing is through.
+    while sequence != before:
+        before = sequence
+        for batch in source.epoch(0, sequence, 0):
+            yield batch, sequence
+            sequence += 1
 
 
 def _nothing(epoch: int) -> str:
