@@ -95,7 +95,7 @@ def main() -> None:
             for number, case in enumerate(asked.cases):
                 outcome = play(asked, case, seed, Path(folder) / f"{seed}-{number}.jsonl")
                 found[case].append(outcome)
-                print(f"{case}, seed {seed}: {task.metric} {outcome["final"]:.4f}, {outcome["s"]:.2f} s", flush=True)
+                print(f"{case}, seed {seed}: {task.metric} {outcome['final']:.4f}, {outcome['s']:.2f} s", flush=True)
     columns = ("final", "versions_to_target", "s_to_target", "s", "late")
     heads = ["", task.metric, f"versions to {task.target}", f"s to {task.target}", "s in all", "share late"]
     rows = [[case, *(spread([run[name] for run in runs]) for name in columns)] for case, runs in found.items()]

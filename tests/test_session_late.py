@@ -505,6 +505,12 @@ def test_ranks_whose_loaders_differ_are_told(comm):
         ({"on_late": "requeue"}, {"resume": {"pool": {}}}, TypeError, "resume must be"),
         (
             {"on_late": "requeue"},
+            {"resume": {"on_late": "requeue", "seed": 0, "accounts": [], "pool": {}}},
+            ValueError,
+            "the run to go on with was a replay",
+        ),
+        (
+            {"on_late": "requeue"},
             {"resume": {"on_late": "discard", "seed": 0, "accounts": []}},
             ValueError,
             "had on_late='discard' and this session has 'requeue'",

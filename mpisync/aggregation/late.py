@@ -4,7 +4,8 @@ The root keeps the accounts, and entries are final. A late gradient's samples ar
 
     discard   discarded
     retry     requeued to the worker that has them, so many times in a row; then discarded
-    carry     still in flight: its worker adds the gradient to its next one, or gives it up for its age: discarded
+    carry     still in flight: its worker adds the gradient to its next one, or gives it up for its age: discarded; lost
+              where the worker leaves with it
     requeue   requeued to the pool, where anyone may claim them
 
 The samples of a gradient with NaN or Inf are discarded in any case, and so are those that are late after the end, but

@@ -185,3 +185,8 @@ class Script(Pool):
     def is_used(self, lots: Iterable[Lot]) -> bool:
         """The record's verdicts are the replay's."""
         return False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """None to go on from: the run that is repeated has its own."""
+        return {}

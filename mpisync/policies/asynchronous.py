@@ -19,7 +19,7 @@ class Async(Policy):
     Invariant: every update is the mean of exactly k gradients, each computed at one of the last
     `max_staleness` + 1 versions (at any version without a cut-off), by any workers. With a cut-off
     of 0 that is synchronous SGD: a worker gives one gradient a step, and k shrinks to the number of
-    workers that can still give one. Where samples run out, the last k may be smaller.
+    workers that can still give one. Where samples run out or all have left, the last k may be smaller.
 
     Source: k=1 is asynchronous SGD, algorithms 1 and 2 of J. Chen, X. Pan, R. Monga, S. Bengio,
     R. Jozefowicz, "Revisiting Distributed Synchronous SGD" (arXiv:1604.00981); the cut-off is what

@@ -71,6 +71,7 @@ class Alone:
         self._opened_s = self._began_s = time.monotonic()  # of the step, and of the computation
         self._arrivals: list[ArrivalRecord] = []  # of the open step
         self._account = Account()
+        self._by_cost: dict[int, Account] = {}  # by class of costs
         self._pool: Pool | None = None
         self._sequence = self._rejected = self._rejected_in_a_row = 0
         # what it does, whatever the policy: every step is the gradient of the only worker
@@ -164,6 +165,9 @@ class Alone:
         """Enter the verdict on a gradient."""
         self._account.handed += basis.samples - basis.drawn
         self._account.judge("rejected" if reason else "accepted")
+        if not math.isnan(cost):
+            dear = self._by_cost.setdefault(math.frexp(cost)[1] - 1, Account())
+            dear.judge("rejected" if reason else "accepted")
         self._settle(basis, "discarded" if reason else "used")
         self._arrivals.append(
             ArrivalRecord(
@@ -237,4 +241,5 @@ class Alone:
         self._trap.undo()
         self._reports.close()
         self._account.lost += self._account.in_flight
-        self._reports.end(self.version, failure_of(error), self._arrivals, [self._account], {}, [0, peak_rss_bytes()])
+        memory = [0, peak_rss_bytes()]
+        self._reports.end(self.version, failure_of(error), self._arrivals, [self._account], self._by_cost, memory)

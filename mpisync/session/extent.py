@@ -44,6 +44,9 @@ class Extent:
                     "in the data means nothing here"
                 )
 
+        if on_late == "requeue" and not self.resume.get("pool"):
+            raise ValueError("the run to go on with was a replay, which has no place in the data: resume its original")
+
     def accounts(self, workers: int) -> list[Mapping[str, int]]:
         """Each worker's account so far; empty for a new run."""
         if self.resume is None:
