@@ -26,7 +26,7 @@ MPIRUN = Launcher("openmpi", (5, 0, 11), "/venv/bin/mpirun")
 GOOD = Probe(
     host="node1", node="boot1", python="3.12.3", mpisync="0.1.0", environ={}, placed=None, cores=tuple(range(16)),
     quota_cores=None, node_cores=16, core_threads=1, memory_bytes=64 * 10**9, shm_bytes=32 * 10**9, start_method="fork",
-    infiniband=False, gpu_files=0, interfaces=("lo", "eth0"), settings=(), library=OPENMPI, launcher=MPIRUN,
+    infiniband=False, gpu_files=0, interfaces=("lo", "eth0"), settings=(), mpi=OPENMPI, launcher=MPIRUN,
     on_path=MPIRUN, tools=Tools(numba="0.61", torch="2.6", cache="/home/me/.cache/mpisync", threads=16),
     start=Start(size=2, took_s=0.5, thread_level="multiple", sharing="memfd"),
 )  # fmt: skip
@@ -52,7 +52,7 @@ def job(*, ranks=4, root=None, every=None, model_mb=None, launched_by="Open MPI'
 def apart(library, launched_by, **start):
     """Ranks that a launcher started and that did not find each other: rank 0's probe only."""
     placed = Placement(0, 4, launched_by)
-    return Case((changed(GOOD, library=library, placed=placed, launcher=None, start=start),))
+    return Case((changed(GOOD, mpi=library, placed=placed, launcher=None, start=start),))
 
 
 def changed(probe, **changes):
@@ -74,8 +74,8 @@ EXCLUDE = "--mca btl_tcp_if_exclude docker0,lo"
 SENTENCES = {
     # name: case, subject, level, what it says, what is to be done
     "no MPI": (
-        alone(library=None, launcher=None, start={"size": 0},
-              library_problem="mpi4py cannot load an MPI library (no libmpi.so); load your site's MPI module"),
+        alone(mpi=None, launcher=None, start={"size": 0},
+              mpi_problem="mpi4py cannot load an MPI library (no libmpi.so); load your site's MPI module"),
         "MPI", "fix", "cannot load an MPI library (no libmpi.so)", "load your site's MPI module",
     ),
     "a chosen library": (
@@ -83,7 +83,7 @@ SENTENCES = {
         "MPI", "ok", "loads Open MPI v5.0.11 from /venv/lib/libmpi.so.40, chosen by MPI4PY_LIBMPI=/venv", "",
     ),
     "two libraries in one job": (
-        job(rank2={"library": OPENMPI4}), "MPI", "fix", "Open MPI v4.1.4 from /site/lib/libmpi.so.40 (rank 2)",
+        job(rank2={"mpi": OPENMPI4}), "MPI", "fix", "Open MPI v4.1.4 from /site/lib/libmpi.so.40 (rank 2)",
         "the same MPI must be loaded on every node",
     ),
     "a wheel beside a site's other MPI": (
@@ -157,7 +157,7 @@ SENTENCES = {
     ),
     "ULFM": (job(every={"start": {"ulfm": True}}), "dead ranks", "ok", "ULFM is on", ""),
     "no ULFM": (job(), "dead ranks", "ok", "ULFM is off", ""),
-    "no ULFM to be had": (job(every={"library": OPENMPI4}), "dead ranks", "ok", "no ULFM in this MPI", ""),
+    "no ULFM to be had": (job(every={"mpi": OPENMPI4}), "dead ranks", "ok", "no ULFM in this MPI", ""),
     "room for a model": (
         job(model_mb=400), "shared memory", "ok",
         "works (memfd): 3 workers and a model of 400 MB need 2 GB, 64 GB free", "",
@@ -248,7 +248,7 @@ SENTENCES = {
         alone(interfaces=("docker0",), environ={"OMPI_MCA_btl_tcp_if_include": "eth0"}), "network", "ok",
         "set in the environment", "",
     ),
-    "docker0, MPICH": (alone(library=MPICH, interfaces=("docker0",)), "network", "ok", "docker0", ""),
+    "docker0, MPICH": (alone(mpi=MPICH, interfaces=("docker0",)), "network", "ok", "docker0", ""),
     "a misspelt setting": (
         job(rank1={"settings": ("MPISYNC_POLICI is no setting",)}), "settings", "fix",
         "MPISYNC_POLICI is no setting (rank 1)", "correct it",
@@ -286,7 +286,7 @@ def test_a_machine_without_gpus_hears_nothing_of_them():
 
 def test_a_probe_survives_json():
     case = job(root={"quota_cores": 2.5, "gpu_files": 1})
-    for probe in (*case.ranks, replace(GOOD, library=None, launcher=None, on_path=None)):
+    for probe in (*case.ranks, replace(GOOD, mpi=None, launcher=None, on_path=None)):
         assert Probe.from_json(json.loads(json.dumps(probe.to_json()))) == probe
 
 

@@ -166,8 +166,8 @@ def start_rank(probe: Probe, addresses: dict[str, str], limit_s: float = 2 * LIM
 def start_trial(probe: Probe, addresses: dict[str, str], limit_s: float = LIMIT_S) -> Start:
     """Start MPI on two ranks, as `mpisync run` would; on one where no launcher was found."""
     command = _command({"probe": None, "addresses": addresses}, probe)
-    if probe.launcher is not None and probe.library is not None:
-        command = [*compose(probe.launcher, probe.library, Job(TRIAL_RANKS)), *command]
+    if probe.launcher is not None and probe.mpi is not None:
+        command = [*compose(probe.launcher, probe.mpi, Job(TRIAL_RANKS)), *command]
     ended = limited(command, limit_s)
     told = _told(ended)
     if ended.problem or not told:
@@ -177,7 +177,7 @@ def start_trial(probe: Probe, addresses: dict[str, str], limit_s: float = LIMIT_
 
 
 def _command(told: dict[str, Any], probe: Probe) -> list[str]:
-    return [sys.executable, _RANK, json.dumps(told), probe.library.path if probe.library else ""]
+    return [sys.executable, _RANK, json.dumps(told), probe.mpi.path if probe.mpi else ""]
 
 
 def _told(ended: Ended) -> list[tuple[dict[str, Any], Start]]:

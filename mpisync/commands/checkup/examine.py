@@ -8,7 +8,7 @@ from mpisync.commands.checkup import mpi_checks, node_checks
 from mpisync.commands.checkup.probes import Case, Finding
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-    mpi_checks.library,
+    mpi_checks.loaded,
     mpi_checks.launcher,
     mpi_checks.start,
     mpi_checks.nodes,

@@ -16,15 +16,15 @@ _STRANGERS = {"openmpi": "MPICH", "mpich": "Open MPI"}  # whose launchers a fami
 _SRUN = "name the interface that this MPI speaks (srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI), or "
 
 
-def library(case: Case) -> Iterator[Finding]:
+def loaded(case: Case) -> Iterator[Finding]:
     """Say which libmpi mpi4py loads, and why where it was told."""
-    for problem, ranks in by_value(case, lambda probe: probe.library_problem).items():
+    for problem, ranks in by_value(case, lambda probe: probe.mpi_problem).items():
         if problem:
             says, _, do = problem.partition("; ")
             yield Finding("MPI", says + who(case, ranks), do, must=True)
     asked = {name: text for name, text in case.first.environ.items() if name in ("MPI4PY_LIBMPI", "MPI4PY_MPIABI")}
     chosen = f", chosen by {' and '.join(f'{name}={text}' for name, text in asked.items())}" if asked else ""
-    found = [item for item in by_value(case, lambda probe: probe.library).items() if item[0] is not None]
+    found = [item for item in by_value(case, lambda probe: probe.mpi).items() if item[0] is not None]
     kinds = {(lib.family, lib.version) for lib, _ in found if lib}
     for lib, ranks in found:
         assert lib is not None
@@ -43,7 +43,7 @@ def _short(lib: Library) -> str:
 def launcher(case: Case) -> Iterator[Finding]:
     """Say which launcher starts ranks, and whether a plain mpirun is one that fits."""
     first = case.first
-    if first.library is None:
+    if first.mpi is None:
         return
     if first.placed is not None:
         yield from _started_by(case)
@@ -58,7 +58,7 @@ def launcher(case: Case) -> Iterator[Finding]:
             "launcher", f"`mpisync run` takes {own.path}; there is no mpirun on PATH",
             "start jobs with `mpisync run`, or activate the environment that has it",
         )  # fmt: skip
-    elif not fits(other, first.library):
+    elif not fits(other, first.mpi):
         yield Finding(
             "launcher",
             f"mpirun on PATH is {_launcher(other)}, of another MPI than mpi4py's: its ranks would each be alone",
@@ -82,7 +82,7 @@ def _launcher(found: Launcher) -> str:
 
 def _started_by(case: Case) -> Iterator[Finding]:
     first = case.first
-    placed, lib = first.placed, first.library
+    placed, lib = first.placed, first.mpi
     assert placed is not None and lib is not None
     own = f"start with the launcher of mpi4py's MPI: mpisync run -n {placed.size} ..."
     if _apart_by_launcher(case):
@@ -98,14 +98,14 @@ def _started_by(case: Case) -> Iterator[Finding]:
 
 def _apart_by_launcher(case: Case) -> bool:
     """Whether it is known, from its name, that the launcher belongs to another MPI."""
-    placed, lib = case.first.placed, case.first.library
+    placed, lib = case.first.placed, case.first.mpi
     return case.apart and placed is not None and lib is not None and _STRANGERS[lib.family] in placed.launcher
 
 
 def start(case: Case) -> Iterator[Finding]:
     """Say whether MPI starts, in what time, and what it prints meanwhile."""
     first = case.first
-    if first.library is None or _apart_by_launcher(case):
+    if first.mpi is None or _apart_by_launcher(case):
         return
     took_s = max(probe.start.took_s for probe in case.ranks)
     if first.start.problem:
@@ -126,12 +126,12 @@ def start(case: Case) -> Iterator[Finding]:
 
 def _start_remedy(case: Case) -> str:
     first = case.first
-    assert first.library is not None
+    assert first.mpi is not None
     if first.start.problem.startswith("no end"):
         hello = "python -c 'from mpi4py import MPI'"
         return f"try `mpirun -n 2 {hello}`; on a cluster ask how MPI jobs are started there"
     by_srun = first.placed is not None and first.placed.launcher == "srun"
-    if by_srun and first.library.family == "openmpi":
+    if by_srun and first.mpi.family == "openmpi":
         return "srun's PMIx must fit Open MPI's: start with mpirun inside the allocation (`mpisync run` does)"
     return "this must work before mpisync can: mpirun -n 2 python -c 'from mpi4py import MPI'"
 
@@ -164,11 +164,11 @@ def ulfm(case: Case) -> Iterator[Finding]:
     first = case.first
     if case.apart or not first.start.size:
         return
-    assert first.library is not None
+    assert first.mpi is not None
     on = [rank for rank, probe in enumerate(case.ranks) if probe.start.ulfm]
     if on:
         yield Finding("dead ranks", f"ULFM is on: a rank that dies need not end the job{who(case, on)}")
-    elif first.library.family == "openmpi" and first.library.version >= (5,):
+    elif first.mpi.family == "openmpi" and first.mpi.version >= (5,):
         how = "`mpisync run --ulfm` or `mpirun --with-ft ulfm --mca pml ob1` has it on"
         yield Finding("dead ranks", f"ULFM is off, so a rank that dies ends the job; {how}")
     else:

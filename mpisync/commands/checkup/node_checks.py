@@ -209,12 +209,12 @@ def gpus(case: Case) -> Iterator[Finding]:
 def network(case: Case) -> Iterator[Finding]:
     """Name the interfaces over which ranks on other nodes cannot be reached, though they have an address."""
     first = case.first
-    if first.library is None:
+    if first.mpi is None:
         return
     tripping = sorted({name for probe in case.ranks for name in probe.interfaces if _LOCAL_NETWORKS.match(name)})
     decided = any("tcp_if_" in name for name in first.environ)
     names = ",".join(tripping)
-    if not tripping or decided or first.library.family != "openmpi":
+    if not tripping or decided or first.mpi.family != "openmpi":
         said = ", ".join(n for n in first.interfaces if n != "lo") or "none but the loopback"
         yield Finding("network", f"interfaces: {said}{'; which to take is set in the environment' if decided else ''}")
         return

@@ -59,8 +59,8 @@ class Probe:
     gpu_files: int  # GPUs that the kernel's driver shows
     interfaces: tuple[str, ...]  # with an IPv4 address
     settings: tuple[str, ...]  # what is wrong with the MPISYNC_ variables
-    library: Library | None = None
-    library_problem: str = ""
+    mpi: Library | None = None
+    mpi_problem: str = ""
     launcher: Launcher | None = None  # the one that `mpisync run` would take
     launcher_problem: str = ""
     on_path: Launcher | None = None  # what a plain `mpirun` is
@@ -75,7 +75,7 @@ class Probe:
     def from_json(cls, fields: Mapping[str, Any]) -> Probe:
         """Read what `to_json` wrote."""
         kinds: dict[str, Any] = {
-            "placed": Placement, "library": Library, "launcher": Launcher, "on_path": Launcher,
+            "placed": Placement, "mpi": Library, "launcher": Launcher, "on_path": Launcher,
             "tools": Tools, "start": Start,
         }  # fmt: skip
         read = {name: _tuples(value) for name, value in fields.items()}

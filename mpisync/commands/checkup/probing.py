@@ -42,7 +42,7 @@ def probe(environ: Mapping[str, str] = os.environ) -> list[Probe]:
     addresses, memories = _memories()
     try:
         if here.placed is None:
-            return [replace(here, start=start_trial(here, addresses)) if here.library else here]
+            return [replace(here, start=start_trial(here, addresses)) if here.mpi else here]
         told = start_rank(here, addresses)
     finally:
         for memory in memories:
@@ -84,11 +84,11 @@ def _mpi(environ: Mapping[str, str], has_launcher: bool) -> dict[str, Any]:
     name = shutil.which("mpirun", path=environ.get("PATH")) or shutil.which("mpiexec", path=environ.get("PATH"))
     found: dict[str, Any] = {"on_path": launchers.identify(name) if name else None}
     try:
-        found["library"] = launchers.find_library(environ=environ)
+        found["mpi"] = launchers.find_library(environ=environ)
         if not has_launcher:
-            found["launcher"] = launchers.find_launcher(found["library"], environ=environ)
+            found["launcher"] = launchers.find_launcher(found["mpi"], environ=environ)
     except (RuntimeError, OSError) as error:
-        found["launcher_problem" if "library" in found else "library_problem"] = str(error)
+        found["launcher_problem" if "mpi" in found else "mpi_problem"] = str(error)
     return found
 
 
