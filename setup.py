@@ -10,8 +10,8 @@ HERE = Path(__file__).resolve().parent
 
 def version() -> str:
     """Read the version without importing the package, whose dependencies may not be there yet."""
-    found = re.search(r'^__version__ = "(.+)"$', (HERE / "mpisync/__init__.py").read_text(), re.M)
-    assert found, "mpisync/__init__.py has no line __version__ = \"...\""
+    found = re.search(r'^__version__ = "(.+)"$', (HERE / "mpisync/version.py").read_text(), re.M)
+    assert found, "mpisync/version.py has no line __version__ = \"...\""
     return found[1]
 
 

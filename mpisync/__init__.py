@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mpisync import ending
+from mpisync.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
     from mpisync.aggregation.steps import PeerFailed as PeerFailed
@@ -20,8 +21,6 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
     from mpisync.policies import StepRecord as StepRecord
     from mpisync.session.partial import PartialReduce as PartialReduce
     from mpisync.session.session import Session as Session
-
-__version__ = "0.1.0"
 
 # An exception on one rank, before any session, must not leave the others waiting for it: the one
 # thing done at import, and only in processes that an MPI launcher started.

@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mpisync import __version__
 from mpisync.commands import bench, demo, doctor, plan, report, run, timeline
+from mpisync.version import __version__
 
 # Each has NAME, add_arguments(parser) and main(options) -> exit code, and imports what is
 # heavy (MPI, torch, numba) in main only, so that every --help works where those cannot start.

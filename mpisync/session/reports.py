@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import mpisync
 from mpisync.aggregation.members import Account
 from mpisync.policies import ArrivalRecord, RecordWriter, Replay, RunEnd, RunHeader, StepRecord
 from mpisync.session.progress import Progress
 from mpisync.session.summary import summary
+from mpisync.version import __version__
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
@@ -70,7 +70,7 @@ class Reports:
             workers=len(hosts),
             seed=self._settings.seed,
             started_unix_s=time.time(),
-            version=mpisync.__version__,
+            version=__version__,
             hosts=self._hosts,
             settings=_recorded(self._settings),
             **about,

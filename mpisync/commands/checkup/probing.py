@@ -16,12 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpisync import __version__, launchers, settings
+from mpisync import launchers, settings
 from mpisync.commands.checkup.children import find_tools, start_rank, start_trial
 from mpisync.commands.checkup.probes import Probe
 from mpisync.policies import parse_policy
 from mpisync.transport.memory import SharedMemory
 from mpisync.transport.peers import Peer
+from mpisync.version import __version__
 
 _SIOCGIFADDR = 0x8915
 _SMALL_BYTES = 4096
