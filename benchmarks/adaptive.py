@@ -38,10 +38,11 @@ import numpy as np
 from mpisync.planning.composite import chen2016
 from mpisync.planning.learning import Quadratic
 from mpisync.planning.simulation import simulate
-from mpisync.policies import Adaptive, OpenStep, Policy, StepRecord
+from mpisync.policies import Adaptive, OpenStep, Policy
 from mpisync.policies.adaptive import moments
 from mpisync.policies.backup import FirstN
-from mpisync.policies.durations import Turnarounds
+from mpisync.records import StepRecord
+from mpisync.records.turnarounds import Turnarounds
 
 Rate = Callable[[int], float]
 Array = np.ndarray

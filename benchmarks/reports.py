@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mpisync.commands.benching.measuring import machine, report, table, versions
-from mpisync.policies import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
+from mpisync.records import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
 
 _SEND_S, _REDUCE_S, _UPDATE_S, _PUBLISH_S = 0.004, 0.012, 0.006, 0.004
 _GRADIENT_BYTES = 40_000_000

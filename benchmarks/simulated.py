@@ -26,7 +26,8 @@ from mpisync.commands.benching.measuring import machine, meet, report, table, ve
 from mpisync.planning.calibration import costs_from_records
 from mpisync.planning.costs import Costs
 from mpisync.planning.simulation import simulate
-from mpisync.policies import BackupWorkers, Policy, Replay, StepRecord, parse_policy
+from mpisync.policies import BackupWorkers, Policy, Replay, parse_policy
+from mpisync.records import StepRecord
 from mpisync.session.partial import PartialReduce
 
 POLICIES = (

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mpisync.commands.benching.measuring import machine, report, table, versions
-from mpisync.policies import read_record
+from mpisync.records import read_record
 from mpisync.tasks.table import TASKS, make_task
 
 CASES = ("backup:0", "backup:1", "backup:1/retry", "backup:1/carry", "backup:1/requeue", "deadline:0.015", "async:k=3")

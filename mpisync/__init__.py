@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
     from mpisync.policies import BackupWorkers as BackupWorkers
     from mpisync.policies import Deadline as Deadline
     from mpisync.policies import Replay as Replay
-    from mpisync.policies import StepRecord as StepRecord
+    from mpisync.records import StepRecord as StepRecord
     from mpisync.session.partial import PartialReduce as PartialReduce
     from mpisync.session.session import Session as Session
 
@@ -35,7 +35,7 @@ _HOMES: dict[str, str] = {
     "PeerFailed": "mpisync.aggregation.steps",
     "Replay": "mpisync.policies",
     "Session": "mpisync.session.session",
-    "StepRecord": "mpisync.policies",
+    "StepRecord": "mpisync.records",
     "Verdict": "mpisync.aggregation.verdict",
 }
 

@@ -8,8 +8,9 @@ what follows a step is a policy that is equal when asked for again. No gradient 
 from dataclasses import replace
 
 from mpisync.planning.simulation import Deadlock, simulate
-from mpisync.policies import Arrival, Decision, OpenStep, Policy, StepRecord
-from mpisync.policies.records import StepChecker
+from mpisync.policies import Arrival, Decision, OpenStep, Policy
+from mpisync.records import StepRecord
+from mpisync.records.schema import StepChecker
 
 __all__ = ["Deadlock", "Watched", "cycling", "opened", "play", "recorded", "steady"]
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from playing import cycling, play
 
-from mpisync.policies import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord, parse_policy
+from mpisync.policies import parse_policy
+from mpisync.records import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
 
 HEADER = RunHeader("backup:1", 2, 7, 1.5e9, "0.1.0", ["alpha", "beta"], {"weight": "equal", "ema": None})
 

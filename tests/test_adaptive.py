@@ -12,17 +12,10 @@ from mpisync.planning.costs import Costs
 from mpisync.planning.learning import Descent, Quadratic
 from mpisync.planning.scale import backup_step_times
 from mpisync.planning.simulation import simulate
-from mpisync.policies import (
-    Adaptive,
-    ArrivalRecord,
-    BackupWorkers,
-    Deadline,
-    Replay,
-    StepRecord,
-    parse_policy,
-)
+from mpisync.policies import Adaptive, BackupWorkers, Deadline, Replay, parse_policy
 from mpisync.policies.adaptive import noise_scale_of
-from mpisync.policies.durations import Turnarounds, changed_at, time_per_step
+from mpisync.records import ArrivalRecord, StepRecord
+from mpisync.records.turnarounds import Turnarounds, changed_at, time_per_step
 
 ALL_NOISE = math.inf
 

@@ -19,7 +19,7 @@ from training import (
 )
 
 import mpisync
-from mpisync.policies import RecordReader, read_record
+from mpisync.records import RecordReader, read_record
 
 
 @pytest.fixture

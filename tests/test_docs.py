@@ -19,14 +19,14 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.rst"))
 # What the reference is of: all that these modules call public.
 PLANNING = "laws composite empirical forms theory bounds simulation costs calibration learning scale".split()
-MODULES = ["mpisync", "mpisync.policies", *(f"mpisync.planning.{name}" for name in PLANNING)]
-# The examples of mpisync.policies and mpisync.planning are run by the tests of those.
+MODULES = ["mpisync", "mpisync.policies", "mpisync.records", *(f"mpisync.planning.{name}" for name in PLANNING)]
+# The examples of mpisync.policies, mpisync.records and mpisync.planning are run by the tests of those.
 ALSO = ["aggregation.steps", "aggregation.verdict", "session.partial", "session.progress", "session.session"]
 PUBLIC = [
     (module, name)
     for module in MODULES
     for name in importlib.import_module(module).__all__
-    if module != "mpisync.policies" or name not in mpisync.__all__  # on its page under the name that a script uses
+    if module not in ("mpisync.policies", "mpisync.records") or name not in mpisync.__all__  # on its page under the name that a script uses
 ]
 DIRECTIVE = re.compile(r"\.\. (currentmodule|py:module|automodule|py:data|auto\w+):: ([\w.]+)")
 

@@ -7,13 +7,14 @@ import pytest
 from launch import ROOT
 
 # Each layer may import from those before it, and from itself. Leaves import nothing of the package.
-LAYERS = ("tasks", "policies", "kernels", "transport", "aggregation", "session", "planning", "reports", "commands")
+LAYERS = ("tasks", "records", "policies", "kernels", "transport", "aggregation", "session", "planning", "reports", "commands")
 LEAVES = ("mpisync.settings", "mpisync.launchers")
 # Tasks are plain torch. Planning simulates policies, and reports read records, with neither torch nor MPI.
-NARROW = {"tasks": ("tasks",), "planning": ("policies", "planning"), "reports": ("policies", "reports")}
+NARROW = {"tasks": ("tasks",), "planning": ("records", "policies", "planning"), "reports": ("records", "reports")}
 # What a layer must not import from outside, not even late.
 FORBIDDEN = {
     "tasks": {"mpi4py", "numba"},
+    "records": {"mpi4py", "numpy", "torch", "numba"},
     "policies": {"mpi4py", "numpy", "torch", "numba"},
     "kernels": {"mpi4py", "torch"},
     "planning": {"mpi4py", "torch"},

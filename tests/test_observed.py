@@ -12,7 +12,8 @@ from mpisync.planning.observed import observe, read_times
 from mpisync.planning.rollout import deadline_step_times
 from mpisync.planning.runs import times_of_run
 from mpisync.planning.scale import backup_step_times
-from mpisync.policies import ArrivalRecord, Async, BackupWorkers, Deadline, RecordWriter, RunHeader, StepRecord
+from mpisync.policies import Async, BackupWorkers, Deadline
+from mpisync.records import ArrivalRecord, RecordWriter, RunHeader, StepRecord
 
 
 def table(tmp_path, text):

@@ -404,12 +404,13 @@ def test_a_dead_workers_gradient_keeps_its_place_in_a_deadlines_quorum():
     assert not Deadline(2.0, at_least=3).closes(step, now_s=99.0)
 
 
-MODULES = "base backup deadline durations adaptive asynchronous replay records files forms".split()
+POLICIES_IN = "base backup deadline adaptive asynchronous replay forms".split()
+MODULES = [*(f"policies.{name}" for name in POLICIES_IN), "records.schema", "records.files", "records.turnarounds"]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings_run(name):
-    results = doctest.testmod(importlib.import_module(f"mpisync.policies.{name}"))
+    results = doctest.testmod(importlib.import_module(f"mpisync.{name}"))
     assert results.attempted and not results.failed
 
 

@@ -13,7 +13,7 @@ import termios
 import pytest
 from launch import environment
 
-from mpisync.policies import ArrivalRecord, StepRecord
+from mpisync.records import ArrivalRecord, StepRecord
 from mpisync.session.progress import Progress
 
 

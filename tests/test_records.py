@@ -8,23 +8,10 @@ from dataclasses import replace
 import pytest
 from playing import opened, play, steady
 
-from mpisync.policies import (
-    Arrival,
-    ArrivalRecord,
-    Async,
-    BackupWorkers,
-    Decision,
-    RecordReader,
-    RecordWriter,
-    Replay,
-    RunEnd,
-    RunHeader,
-    StepRecord,
-    parse_policy,
-    read_record,
-)
-from mpisync.policies.lines import seal, unseal
-from mpisync.policies.records import StepChecker
+from mpisync.policies import Arrival, Async, BackupWorkers, Decision, Replay, parse_policy
+from mpisync.records import ArrivalRecord, RecordReader, RecordWriter, RunEnd, RunHeader, StepRecord, read_record
+from mpisync.records.lines import seal, unseal
+from mpisync.records.schema import StepChecker
 
 HEADER = RunHeader("backup:1", 3, 7, 1.5e9, "0.1.0", ["a", "a", "b"], {"transport": "shared"})
 STEPS = play(BackupWorkers(1), steady(1, 2, 4.5), workers=3, steps=4)

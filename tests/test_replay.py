@@ -5,20 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from playing import Deadlock, cycling, opened, play, recorded, steady
 
-from mpisync.policies import (
-    Adaptive,
-    Arrival,
-    ArrivalRecord,
-    Async,
-    BackupWorkers,
-    Deadline,
-    Decision,
-    OpenStep,
-    RecordWriter,
-    Replay,
-    RunHeader,
-    StepRecord,
-)
+from mpisync.policies import Adaptive, Arrival, Async, BackupWorkers, Deadline, Decision, OpenStep, Replay
+from mpisync.records import ArrivalRecord, RecordWriter, RunHeader, StepRecord
 
 WORKERS = 4
 

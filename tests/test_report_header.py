@@ -11,7 +11,7 @@ from torch import nn
 from training import WORKERS, new_model, sgd, train
 
 import mpisync
-from mpisync.policies import read_record
+from mpisync.records import read_record
 from mpisync.session import described
 from mpisync.session.described import cores_of, optimizer_text
 

@@ -13,7 +13,7 @@ import pytest
 from stories import END, STORY, TOLD, played, write
 
 from mpisync.commands import main
-from mpisync.policies import RunEnd
+from mpisync.records import RunEnd
 from mpisync.reports import Run, page, read_run
 from mpisync.reports.figures import figures
 from mpisync.reports.raster import response_map, verdict_map

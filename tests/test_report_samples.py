@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from stories import END, HEADER, STORY, TOLD, write
 
-from mpisync.policies import ArrivalRecord, StepRecord
-from mpisync.policies.lines import seal
+from mpisync.records import ArrivalRecord, StepRecord
+from mpisync.records.lines import seal
 from mpisync.reports import page, read_run
 from mpisync.reports.accounts import accounts_card, selection_card
 from mpisync.reports.cards import key_figures, workers_table

@@ -11,8 +11,8 @@ import pytest
 from stories import HEADER, STORY, played, write
 
 import mpisync.reports
-from mpisync.policies import StepRecord
-from mpisync.policies.lines import seal, unseal
+from mpisync.records import StepRecord
+from mpisync.records.lines import seal, unseal
 from mpisync.reports import read_run
 from mpisync.reports.columns import ACCEPTED, check_target
 from mpisync.reports.figures import SPLIT, figures

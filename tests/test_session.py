@@ -11,7 +11,7 @@ from torch import nn
 from training import DATA, WORKERS, check_ended, fails_everywhere, flat, loader, new_model, on_all, sgd, train
 
 import mpisync
-from mpisync.policies import RecordReader, read_record
+from mpisync.records import RecordReader, read_record
 
 
 @pytest.mark.parallel(WORKERS + 1)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import fails_everywhere, on_all
 
 import mpisync
-from mpisync.policies import RecordReader, Replay
+from mpisync.policies import Replay
+from mpisync.records import RecordReader
 
 RANKS, WORKERS = 4, 3
 NUMBERS = TensorDataset(torch.arange(67).double())  # nine batches of eight, the last of three

@@ -18,18 +18,9 @@ from mpisync.planning.learning import Descent, Logistic, Quadratic
 from mpisync.planning.network import Network
 from mpisync.planning.scale import arrival_times, backup_step_times
 from mpisync.planning.simulation import Deadlock, simulate
-from mpisync.policies import (
-    Adaptive,
-    Async,
-    BackupWorkers,
-    Deadline,
-    RecordWriter,
-    Replay,
-    RunHeader,
-    parse_policy,
-    read_record,
-)
-from mpisync.policies.records import StepChecker
+from mpisync.policies import Adaptive, Async, BackupWorkers, Deadline, Replay, parse_policy
+from mpisync.records import RecordWriter, RunHeader, read_record
+from mpisync.records.schema import StepChecker
 
 MB = 1_000_000
 

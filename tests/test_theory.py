@@ -12,7 +12,7 @@ from mpisync.planning.efficiency import Efficiency, fit_iterations, iterations_t
 from mpisync.planning.laws import Exponential, Lognormal, Pareto, ShiftedExponential, Weibull
 from mpisync.planning.rollout import deadline_step_times
 from mpisync.planning.scale import backup_step_times
-from mpisync.policies import ArrivalRecord, StepRecord
+from mpisync.records import ArrivalRecord, StepRecord
 
 CASES = [(1, 2), (3, 4), (4, 4), (9, 10), (25, 30)]
 

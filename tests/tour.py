@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mpisync.policies import read_record
+from mpisync.records import read_record
 
 # Twenty runs of one process (seeds 0 to 9, batches of 32 and 64) get 0.911 to 0.931 of the 360 test
 # images right, with a standard deviation of 0.006: this is six of those below their mean.

@@ -6,7 +6,8 @@ import math
 
 from mpisync.aggregation.late import Work
 from mpisync.aggregation.members import Member, Outcome
-from mpisync.policies import Arrival, ArrivalRecord
+from mpisync.policies import Arrival
+from mpisync.records import ArrivalRecord
 from mpisync.transport.wire import Header
 
 

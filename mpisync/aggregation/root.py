@@ -29,7 +29,8 @@ from mpisync.aggregation.stalls import StallReport
 from mpisync.aggregation.steps import ClosedStep, PeerFailed, Taken
 from mpisync.aggregation.sums import RunningSum, Span, Sums
 from mpisync.kernels.fold import Reducer
-from mpisync.policies import Arrival, Decision, OpenStep, Policy, StepRecord
+from mpisync.policies import Arrival, Decision, OpenStep, Policy
+from mpisync.records import StepRecord
 from mpisync.transport.base import End, RootLink
 from mpisync.transport.layout import Layout
 from mpisync.transport.peers import Peer

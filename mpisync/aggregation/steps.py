@@ -11,7 +11,8 @@ import numpy as np
 from mpisync.aggregation.late import Work
 from mpisync.aggregation.members import Member
 from mpisync.aggregation.sums import Span, Sums
-from mpisync.policies import Arrival, StepRecord
+from mpisync.policies import Arrival
+from mpisync.records import StepRecord
 from mpisync.transport.wire import Header
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from mpisync.policies import RunHeader, StepRecord, parse_policy, read_record
+from mpisync.policies import parse_policy
+from mpisync.records import RunHeader, StepRecord, read_record
 from mpisync.tasks.table import TASKS, make_task
 
 NAME = "demo"

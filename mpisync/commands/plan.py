@@ -201,7 +201,7 @@ def _reached(loss: float, paths: list[str | None]) -> list[tuple[float, float]]:
     from statistics import fmean
 
     from mpisync.planning.efficiency import iterations_to_loss
-    from mpisync.policies import read_record
+    from mpisync.records import read_record
 
     pairs = []
     for path in paths:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpisync.planning.costs import INLINE_BYTES, Costs
-from mpisync.policies import StepRecord
+from mpisync.records import StepRecord
 
 __all__ = ["costs_from_benchmark", "costs_from_records"]
 

@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 
 from mpisync.planning.empirical import block_steps
 from mpisync.planning.laws import Seconds
-from mpisync.policies import StepRecord
 from mpisync.policies.adaptive import moments
+from mpisync.records import StepRecord
 
 __all__ = ["Efficiency", "fit_iterations", "iterations_to_loss", "noise_from_steps"]
 
@@ -143,7 +143,7 @@ def iterations_to_loss(steps: Sequence[StepRecord], target: float, *, smooth: in
     `fit_iterations` takes.
 
     Example:
-        >>> from mpisync.policies import ArrivalRecord
+        >>> from mpisync.records import ArrivalRecord
         >>> def step(i, loss):
         ...     arrival = ArrivalRecord(0, i, i, "accepted", 0.1, loss=loss)
         ...     return StepRecord(i, i, i, i, 1, 1, [(0, i, i)], [arrival])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpisync.planning.laws import Seconds
 from mpisync.planning.runs import RunTimes, times_of_run
 from mpisync.planning.tables import read_table
-from mpisync.policies import StepRecord
+from mpisync.records import StepRecord
 
 __all__ = ["Observed", "observe", "read_times"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpisync.planning.advice import Advice
 from mpisync.planning.trials import Decisions, Trials
-from mpisync.policies import StepRecord
+from mpisync.records import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from statistics import fmean
 import numpy as np
 
 from mpisync.planning.laws import Seconds
-from mpisync.policies import ArrivalRecord, RunHeader, StepRecord, read_record
-from mpisync.policies.durations import Turnarounds
+from mpisync.records import ArrivalRecord, RunHeader, StepRecord, read_record
+from mpisync.records.turnarounds import Turnarounds
 
 __all__ = ["RunTimes", "times_of_run"]
 

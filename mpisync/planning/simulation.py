@@ -21,7 +21,8 @@ import numpy.typing as npt
 from mpisync.planning.costs import Costs
 from mpisync.planning.learning import Learner
 from mpisync.planning.network import Network
-from mpisync.policies import Arrival, ArrivalRecord, Decision, OpenStep, Policy, StepRecord
+from mpisync.policies import Arrival, Decision, OpenStep, Policy
+from mpisync.records import ArrivalRecord, StepRecord
 
 __all__ = ["ComputeTimes", "Deadlock", "simulate"]
 

@@ -19,7 +19,8 @@ from mpisync.planning.laws import Seconds
 from mpisync.planning.learning import Array, Descent, Quadratic
 from mpisync.planning.scale import backup_step_times
 from mpisync.planning.simulation import simulate
-from mpisync.policies import Adaptive, Async, BackupWorkers, Deadline, Policy, StepRecord
+from mpisync.policies import Adaptive, Async, BackupWorkers, Deadline, Policy
+from mpisync.records import StepRecord
 
 __all__ = ["Decisions", "Trial", "Trials", "decisions", "try_policies"]
 

@@ -5,27 +5,18 @@ from mpisync.policies.asynchronous import Async
 from mpisync.policies.backup import BackupWorkers
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
 from mpisync.policies.deadline import Deadline
-from mpisync.policies.files import RecordReader, RecordWriter, read_record
 from mpisync.policies.forms import parse_policy
-from mpisync.policies.records import ArrivalRecord, RunEnd, RunHeader, StepRecord
 from mpisync.policies.replay import Replay
 
 __all__ = [
     "Adaptive",
     "Arrival",
-    "ArrivalRecord",
     "Async",
     "BackupWorkers",
     "Deadline",
     "Decision",
     "OpenStep",
     "Policy",
-    "RecordReader",
-    "RecordWriter",
     "Replay",
-    "RunEnd",
-    "RunHeader",
-    "StepRecord",
     "parse_policy",
-    "read_record",
 ]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from mpisync.policies.backup import FirstN
 from mpisync.policies.base import OpenStep, number_text, whole_number
-from mpisync.policies.durations import Turnarounds, time_per_step
-from mpisync.policies.records import StepRecord
+from mpisync.records.schema import StepRecord
+from mpisync.records.turnarounds import Turnarounds, time_per_step
 
 __all__ = ["Adaptive", "moments", "noise_scale_of"]
 

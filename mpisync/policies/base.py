@@ -23,10 +23,8 @@ import math
 import operator
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mpisync.policies.records import StepRecord
+from mpisync.records.schema import StepRecord
 
 __all__ = ["Arrival", "Decision", "OpenStep", "Policy"]
 

@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass, field, replace
 
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, number_text, whole_number
-from mpisync.policies.durations import Turnarounds
-from mpisync.policies.records import StepRecord
+from mpisync.records.schema import StepRecord
+from mpisync.records.turnarounds import Turnarounds
 
 __all__ = ["Deadline"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
-from mpisync.policies.files import read_record
-from mpisync.policies.records import RunHeader, StepChecker, StepRecord
+from mpisync.records.files import read_record
+from mpisync.records.schema import RunHeader, StepChecker, StepRecord
 
 __all__ = ["Replay"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpisync.policies import RunEnd
+from mpisync.records import RunEnd
 from mpisync.reports.columns import VERDICTS
 from mpisync.reports.figures import Figures
 from mpisync.reports.selection import Selection

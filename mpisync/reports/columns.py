@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpisync.policies import RecordReader, RunEnd, RunHeader, StepRecord
+from mpisync.records import RecordReader, RunEnd, RunHeader, StepRecord
 
 __all__ = ["ACCEPTED", "LATE", "REJECTED", "VERDICTS", "Run", "check_target", "read_run"]
 
@@ -114,7 +114,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
     Example:
         >>> import os, tempfile
-        >>> from mpisync.policies import RecordWriter, RunHeader, StepRecord
+        >>> from mpisync.records import RecordWriter, RunHeader, StepRecord
         >>> path = os.path.join(tempfile.mkdtemp(), "record.jsonl")
         >>> with RecordWriter(path) as writer:
         ...     writer.header(RunHeader("backup:1", 2, 0, 0.0, "1", ["a", "a"]))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from mpisync.policies import RunHeader
+from mpisync.records import RunHeader
 from mpisync.reports.figures import Figures
 from mpisync.reports.words import date, many, safe, size
 

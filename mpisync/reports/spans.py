@@ -58,7 +58,7 @@ def lay_out(run: Run) -> Spans:
 
     Example:
         >>> import os, tempfile
-        >>> from mpisync.policies import ArrivalRecord, RecordWriter, RunHeader, StepRecord
+        >>> from mpisync.records import ArrivalRecord, RecordWriter, RunHeader, StepRecord
         >>> from mpisync.reports.columns import read_run
         >>> path = os.path.join(tempfile.mkdtemp(), "record.jsonl")
         >>> with RecordWriter(path) as writer:

@@ -28,7 +28,7 @@ def steps_that_fit(run: Run) -> range:
 
     Example:
         >>> import os, tempfile
-        >>> from mpisync.policies import RecordWriter, RunHeader, StepRecord
+        >>> from mpisync.records import RecordWriter, RunHeader, StepRecord
         >>> from mpisync.reports.columns import read_run
         >>> path = os.path.join(tempfile.mkdtemp(), "record.jsonl")
         >>> with RecordWriter(path) as writer:

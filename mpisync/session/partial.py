@@ -15,7 +15,8 @@ from mpisync.aggregation.steps import ClosedStep, PeerFailed
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of
-from mpisync.policies import Policy, StepRecord
+from mpisync.policies import Policy
+from mpisync.records import StepRecord
 from mpisync.session.ends import check_communicator, chosen_policy, leave_root, leave_worker, problem_of
 from mpisync.transport.layout import Layout
 from mpisync.transport.rendezvous import Claim, check_launcher

@@ -12,7 +12,7 @@ from statistics import median
 from typing import TextIO
 
 from mpisync import settings
-from mpisync.policies.records import ArrivalRecord, StepRecord
+from mpisync.records.schema import ArrivalRecord, StepRecord
 
 _RECENT_STEPS = 100  # what "lately" means
 _RECENT_GRADIENTS = 9  # of a worker, for its usual time

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpisync.aggregation.members import Account
-from mpisync.policies import ArrivalRecord, RecordWriter, Replay, RunEnd, RunHeader, StepRecord
+from mpisync.policies import Replay
+from mpisync.records import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
 from mpisync.session.progress import Progress
 from mpisync.session.summary import summary
 from mpisync.version import __version__

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.verdict import Verdict
-from mpisync.policies import Policy, StepRecord
+from mpisync.policies import Policy
+from mpisync.records import StepRecord
 from mpisync.session.alone import Alone
 from mpisync.session.computing import Computing
 from mpisync.session.ended import Ended, averaged_state

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mpisync.policies.records import ArrivalRecord, StepRecord
+from mpisync.records.schema import ArrivalRecord, StepRecord
 
 _RARE = 900  # a change is believed that chance shows less than once in so many times
 

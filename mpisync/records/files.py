@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from mpisync.policies.lines import intact, load, seal, unseal
-from mpisync.policies.records import FORMAT, RunEnd, RunHeader, StepChecker, StepRecord
+from mpisync.records.lines import intact, load, seal, unseal
+from mpisync.records.schema import FORMAT, RunEnd, RunHeader, StepChecker, StepRecord
 
 __all__ = ["RecordReader", "RecordWriter", "read_record"]
 
