@@ -26,7 +26,8 @@ PUBLIC = [
     (module, name)
     for module in MODULES
     for name in importlib.import_module(module).__all__
-    if module not in ("mpisync.policies", "mpisync.records") or name not in mpisync.__all__  # on its page under the name that a script uses
+    # those are on their pages under the names that a script uses
+    if module not in ("mpisync.policies", "mpisync.records") or name not in mpisync.__all__
 ]
 DIRECTIVE = re.compile(r"\.\. (currentmodule|py:module|automodule|py:data|auto\w+):: ([\w.]+)")
 

@@ -16,7 +16,7 @@ from mpisync.kernels import fold, jit
 from mpisync.kernels.chunks import DONE, NEXT
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import FOLD_CHUNK, Reducer
-from mpisync.kernels.threads import Pool
+from mpisync.kernels.thread_pool import ThreadPool
 
 MANY = 3 * FOLD_CHUNK - 37  # chunks for three threads
 # A first use compiles for some seconds, and a machine that tests is busy.
@@ -103,7 +103,7 @@ def test_a_thread_that_gets_no_core_is_not_waited_for():
             free.wait()
         claims_chunks(state)
 
-    pool = Pool(2)
+    pool = ThreadPool(2)
     state = np.zeros(3, np.int64)
     deadline = threading.Timer(20, free.set)
     deadline.start()
@@ -125,7 +125,7 @@ def test_an_error_in_a_thread_comes_out_at_the_caller():
             claimed.set()
             raise MemoryError("no room")
 
-    pool = Pool(2)
+    pool = ThreadPool(2)
     with pytest.raises(MemoryError, match="no room"):
         pool.run(kernel, np.zeros(3, np.int64), (), chunks=2)
     pool.run(claims_chunks, np.zeros(3, np.int64), (), chunks=2)

@@ -7,7 +7,10 @@ import pytest
 from launch import ROOT
 
 # Each layer may import from those before it, and from itself. Leaves import nothing of the package.
-LAYERS = ("tasks", "records", "policies", "kernels", "transport", "aggregation", "session", "planning", "reports", "commands")
+LAYERS = (
+    "tasks", "records", "policies", "kernels", "transport", "aggregation", "data", "model", "session", "planning",
+    "reports", "commands",
+)  # fmt: skip
 LEAVES = ("mpisync.settings", "mpisync.launchers")
 # Tasks are plain torch. Planning simulates policies, and reports read records, with neither torch nor MPI.
 NARROW = {"tasks": ("tasks",), "planning": ("records", "policies", "planning"), "reports": ("records", "reports")}

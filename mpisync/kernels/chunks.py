@@ -52,7 +52,7 @@ def _finish(state: State, peak: int, streaming: bool) -> None:
     if streaming:
         fence()  # streams are not ordered by the release below
     fetch_max(state, PEAK, peak)
-    fetch_add(state, DONE, 1)  # a release; pairs with the acquire in threads.Pool.run
+    fetch_add(state, DONE, 1)  # a release; pairs with the acquire in threads.ThreadPool.run
 
 
 @inlined

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpisync.kernels import atomics, chunks
 from mpisync.kernels.chunks import BLOCK, PEAK, address
 from mpisync.kernels.dtypes import DTYPES, Dtype
-from mpisync.kernels.threads import Pool
+from mpisync.kernels.thread_pool import ThreadPool
 from mpisync.kernels.vectors import VECTOR_BYTES
 
 Array = NDArray[Any]
@@ -54,7 +54,7 @@ class Reducer:
     """
 
     def __init__(self, threads: int = 1) -> None:
-        self._pool = Pool(threads)
+        self._pool = ThreadPool(threads)
 
     @property
     def threads(self) -> int:

@@ -23,7 +23,7 @@ class _Job:
     returned: "SimpleQueue[BaseException | None]"
 
 
-class Pool:
+class ThreadPool:
     """Runs a kernel of `chunks` on several threads, the caller's among them."""
 
     def __init__(self, threads: int) -> None:
