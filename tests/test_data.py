@@ -21,9 +21,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from mpisync.session.data import Batches
-from mpisync.session.samples import count_samples
-from mpisync.session.seeds import Stream, derive
+from mpisync.data.batch_size import count_samples
+from mpisync.data.batches import Batches
+from mpisync.data.seeds import Stream, derive
 
 
 class Noisy(Dataset):
@@ -456,7 +456,7 @@ def test_samples_are_counted_as_they_are_handed_out():
 
 def test_data_s_is_the_time_that_the_caller_waited(monkeypatch):
     now_s = [0.0]
-    monkeypatch.setattr("mpisync.session.data.time.perf_counter", lambda: now_s[0])
+    monkeypatch.setattr("mpisync.data.batches.time.perf_counter", lambda: now_s[0])
 
     def slow():
         while True:

@@ -18,9 +18,9 @@ from mpisync.aggregation.members import Account, Fate
 from mpisync.aggregation.pool import Lot, Pool
 from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
+from mpisync.data.batches import Batches
 from mpisync.policies import BackupWorkers
 from mpisync.records import ArrivalRecord, StepRecord
-from mpisync.session.data import Batches
 from mpisync.session.described import described
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from mpisync import settings as environment
 from mpisync.aggregation.verdict import Verdict
-from mpisync.session.again import Again
+from mpisync.data.batches import Batches
+from mpisync.data.retry import RetriedBatches
 from mpisync.session.carried import Carried
-from mpisync.session.data import Batches
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
@@ -77,7 +77,7 @@ class Computing:
         self._notice = self._make_read_only(in_place) if environment.read("MPISYNC_READ_ONLY") else None
         self._drawn = Drawn(self._flat.parameters)
         self._on_late, self._late_limit = settings.on_late, settings.late_limit
-        self._again: Again | None = None
+        self._again: RetriedBatches | None = None
         self._carried: Carried | None = None
         if settings.on_late == "carry":
             weighted = settings.weight == "samples"
@@ -124,7 +124,7 @@ class Computing:
         finally:
             data.close()
 
-    def _data(self, loader: Iterable[Any], extent: Extent) -> Batches | Again:
+    def _data(self, loader: Iterable[Any], extent: Extent) -> Batches | RetriedBatches:
         """This worker's batches, from where a resumed run left off."""
         self._worker.handed = extent.handed(self.worker, self.workers)
         batches = Batches(
@@ -137,7 +137,7 @@ class Computing:
         )
         if self._on_late != "retry":
             return batches
-        self._again = Again(batches, self._late_limit, worker=self.worker, seed=self._seed)
+        self._again = RetriedBatches(batches, self._late_limit, worker=self.worker, seed=self._seed)
         return self._again
 
     def _pass_over(self, passed: Basis) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from mpisync.session.again import Again
-from mpisync.session.data import Batches
+from mpisync.data.batches import Batches
+from mpisync.data.retry import RetriedBatches
 
 _MANY_BATCHES = 100  # without a step: it seems to be forgotten
 
@@ -41,7 +41,7 @@ class Drawn:
     def _forget(self) -> None:
         self._batches, self._samples, self._data_s = 0, 0, 0.0
 
-    def add(self, data: Batches | Again) -> None:
+    def add(self, data: Batches | RetriedBatches) -> None:
         """Take note of the newest batch."""
         self._batches += 1
         self._samples += data.batch_samples

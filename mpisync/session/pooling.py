@@ -7,8 +7,8 @@ from typing import Any
 
 from mpisync.aggregation.late import Carry, Discard, Requeue, Retry
 from mpisync.aggregation.pool import Lot, Pool, Script
+from mpisync.data.batches import batches_an_epoch
 from mpisync.policies import Policy, Replay
-from mpisync.session.data import batches_an_epoch
 from mpisync.session.extent import Extent
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from mpisync.session.seeds import Stream, derive, seed_everything
+from mpisync.data.seeds import Stream, derive, seed_everything
 
 
 class Request(NamedTuple):
@@ -49,7 +49,7 @@ class SeededDataset(Dataset[Any]):
         return [self.dataset[index] for index in request.indices]
 
 
-class Share:
+class ShardSampler:
     """The sampler of worker `worker`: every W-th index of the epoch's permutation.
 
     Over all workers an epoch covers every sample once, and shares differ by one sample at most.
@@ -99,7 +99,7 @@ class Share:
         return torch.randperm(self.samples, generator=generator)
 
 
-class Claims(Share):
+class PoolSampler(ShardSampler):
     """The sampler of a worker that claims batch after batch of a pool which all workers share.
 
     The pool deals numbers of batches; which samples these are follows from the epoch's permutation, which is the same
@@ -144,7 +144,7 @@ def draws_by_default(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler and sampler.data_source is dataset
 
 
-def share_of(loader: DataLoader[Any], share: Share) -> DataLoader[Any]:
+def share_of(loader: DataLoader[Any], share: ShardSampler) -> DataLoader[Any]:
     """Return the same loader with `share` as its sampler and its random numbers seeded by it."""
     # A copy, not a new DataLoader: it keeps the class and every argument, those of other torch
     # versions too. The loader itself stays as it is, for whoever else iterates it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mpisync.session.data import Batches
-from mpisync.session.seeds import Stream, seed_everything
+from mpisync.data.batches import Batches
+from mpisync.data.seeds import Stream, seed_everything
 
 
 class _Handed(NamedTuple):
@@ -14,7 +14,7 @@ class _Handed(NamedTuple):
     samples: int
 
 
-class Again:
+class RetriedBatches:
     """Batches that are handed out again where their gradient was late.
 
     They come in the same order and under the same random numbers, so that only the parameters differ. A loop that
@@ -40,7 +40,7 @@ class Again:
         self.data_s = 0.0
         self.batch_samples = 0
 
-    def __iter__(self) -> Again:
+    def __iter__(self) -> RetriedBatches:
         return self
 
     def __next__(self) -> tuple[Any, int]:

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
-from mpisync.session.samples import count_samples
-from mpisync.session.seeds import Stream, seed_everything
-from mpisync.session.shards import Claims, Share, draws_by_default, share_of
+from mpisync.data.batch_size import count_samples
+from mpisync.data.samplers import PoolSampler, ShardSampler, draws_by_default, share_of
+from mpisync.data.seeds import Stream, seed_everything
 
-Claim = Callable[[int], tuple[int, int] | None]
-"""Claims the next batch of a pool that has so many an epoch: its epoch and number; None when it is empty."""
+ClaimBatch = Callable[[int], tuple[int, int] | None]
+"""PoolSampler the next batch of a pool that has so many an epoch: its epoch and number; None when it is empty."""
 
 
 class Source(Protocol):
@@ -30,7 +30,7 @@ class SharedLoader:
     """A DataLoader whose samplers torch chose: every worker draws its own share of them."""
 
     def __init__(self, loader: DataLoader[Any], worker: int, workers: int, seed: int) -> None:
-        self._share = Share(loader, worker, workers, seed)
+        self._share = ShardSampler(loader, worker, workers, seed)
         # The last worker's share is the smallest: if it is empty, all of them say so.
         if not self._share.count(workers - 1):
             raise ValueError(
@@ -69,8 +69,8 @@ class ClaimedLoader:
 
     length: int | None = None
 
-    def __init__(self, loader: DataLoader[Any], worker: int, seed: int, claim: Claim) -> None:
-        self._claims = Claims(loader, worker, seed, claim)
+    def __init__(self, loader: DataLoader[Any], worker: int, seed: int, claim: ClaimBatch) -> None:
+        self._claims = PoolSampler(loader, worker, seed, claim)
         self._loader = share_of(loader, self._claims)
 
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
@@ -84,7 +84,7 @@ class ClaimedList:
 
     length: int | None = None
 
-    def __init__(self, batches: Sequence[Any], claim: Claim) -> None:
+    def __init__(self, batches: Sequence[Any], claim: ClaimBatch) -> None:
         self._batches, self._claim = batches, claim
 
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
@@ -161,7 +161,7 @@ def batches_an_epoch(loader: Iterable[Any]) -> int:
         ValueError: It has none, or decides itself what each worker draws.
     """
     if isinstance(loader, DataLoader) and draws_by_default(loader):
-        batches = Share(loader, 0, 1, 0).count(0)
+        batches = ShardSampler(loader, 0, 1, 0).count(0)
     elif isinstance(loader, list | tuple):
         batches = len(loader)
     else:
@@ -175,7 +175,7 @@ def batches_an_epoch(loader: Iterable[Any]) -> int:
     return batches
 
 
-def pooled(loader: Iterable[Any], worker: int, seed: int, claim: Claim) -> Source:
+def pooled(loader: Iterable[Any], worker: int, seed: int, claim: ClaimBatch) -> Source:
     """Return a worker's part of a pool of `loader`'s batches."""
     batches_an_epoch(loader)
     if isinstance(loader, DataLoader):
@@ -214,7 +214,7 @@ class Batches:
         worker: int,
         workers: int,
         seed: int,
-        claim: Claim | None = None,
+        claim: ClaimBatch | None = None,
         start: int = 0,
         skip: int | None = None,
     ) -> None:
