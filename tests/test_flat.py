@@ -12,10 +12,10 @@ from torch import nn
 
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
-from mpisync.session.flat import FlatModel
-from mpisync.session.gradients import LARGE_BYTES, peak_of
-from mpisync.session.places import is_dense
-from mpisync.session.signature import difference
+from mpisync.model.flat import FlatModel
+from mpisync.model.gradients import LARGE_BYTES, peak_of
+from mpisync.model.tensor_layout import is_dense
+from mpisync.model.signature import difference
 
 
 class Tied(nn.Module):

@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 
 from mpisync.session.advice import advice_on
-from mpisync.session.flat import FlatModel
-from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
-from mpisync.session.refusals import check_model_and_optimizer
-from mpisync.session.schedule import check_scheduler
+from mpisync.model.flat import FlatModel
+from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.model.validation import check_model_and_optimizer
+from mpisync.model.scheduler import check_scheduler
 
 
 def sgd(model, **options):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpisync.session.flat import FlatModel
-from mpisync.session.packing import CHUNK_BYTES, PackedTensors
+from mpisync.model.flat import FlatModel
+from mpisync.model.packed_tensors import CHUNK_BYTES, PackedTensors
 
 
 class Buffers(nn.Module):

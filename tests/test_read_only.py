@@ -40,7 +40,7 @@ def test_a_write_that_torch_does_not_count_is_stopped_at_its_line_and_explained(
 MEMORY = """
 import ctypes, mmap, sys
 import numpy as np
-from mpisync.session.readonly import FaultNotice
+from mpisync.model.write_fault import FaultNotice
 pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 memory = np.frombuffer(pages, np.uint8)
 ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), mmap.PROT_READ)

@@ -26,13 +26,13 @@ from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of
 from mpisync.session.extent import Extent
-from mpisync.session.flat import FlatModel
-from mpisync.session.guards import forbid_steps
+from mpisync.model.flat import FlatModel
+from mpisync.model.guards import forbid_steps
 from mpisync.session.pooling import pool_of
-from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.reports import Reports
-from mpisync.session.schedule import Schedule, check_scheduler
-from mpisync.session.update import Update
+from mpisync.model.scheduler import Schedule, check_scheduler
+from mpisync.model.update import Update
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.peers import peak_rss_bytes
 

@@ -17,16 +17,16 @@ from mpisync import settings as environment
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
-from mpisync.session.carried import Carried
+from mpisync.model.carry import CarriedGradient
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
 from mpisync.session.extent import Extent
-from mpisync.session.flat import FlatModel
-from mpisync.session.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.model.flat import FlatModel
+from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.joint import Joint
-from mpisync.session.readonly import FaultNotice
-from mpisync.session.schedule import Schedule
+from mpisync.model.write_fault import FaultNotice
+from mpisync.model.scheduler import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.shared import SharedWorkerLink
@@ -78,10 +78,10 @@ class Computing:
         self._drawn = Drawn(self._flat.parameters)
         self._on_late, self._late_limit = settings.on_late, settings.late_limit
         self._again: RetriedBatches | None = None
-        self._carried: Carried | None = None
+        self._carried: CarriedGradient | None = None
         if settings.on_late == "carry":
             weighted = settings.weight == "samples"
-            self._carried = Carried(self._slot, self._presence, settings.late_limit, weighted=weighted)
+            self._carried = CarriedGradient(self._slot, self._presence, settings.late_limit, weighted=weighted)
         self.averages: Averages | None = None  # each parameter with its average, at the end
         self._has_average = settings.ema is not None
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from mpisync.session.extent import Extent
-from mpisync.session.flat import FlatModel
+from mpisync.model.flat import FlatModel
 
 Averages = Sequence[tuple[nn.Parameter, Tensor]]
 

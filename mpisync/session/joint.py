@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from mpisync.aggregation.joining import Place
 from mpisync.session.ends import problem_of
-from mpisync.session.flat import FlatModel
-from mpisync.session.places import Views
-from mpisync.session.refusals import check_model_and_optimizer
+from mpisync.model.flat import FlatModel
+from mpisync.model.tensor_layout import Views
+from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.reports import check_replay
-from mpisync.session.schedule import check_scheduler
-from mpisync.session.signature import difference
+from mpisync.model.scheduler import check_scheduler
+from mpisync.model.signature import difference
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
 from mpisync.transport.rendezvous import Claim, poll
 

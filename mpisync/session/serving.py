@@ -20,13 +20,13 @@ from mpisync.session.described import cores_of, described
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of, leave_root
 from mpisync.session.extent import Extent
-from mpisync.session.flat import FlatModel
+from mpisync.model.flat import FlatModel
 from mpisync.session.joint import Joint
 from mpisync.session.pooling import late_work, pool_of
 from mpisync.session.reports import Reports
-from mpisync.session.schedule import Schedule
+from mpisync.model.scheduler import Schedule
 from mpisync.session.threads import torch_threads
-from mpisync.session.update import Update
+from mpisync.model.update import Update
 from mpisync.transport.peers import peak_rss_bytes
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from mpisync.session.computing import Computing
 from mpisync.session.ended import Ended, averaged_state
 from mpisync.session.ends import check_communicator, chosen_policy
 from mpisync.session.extent import Extent
-from mpisync.session.flat import FlatModel
+from mpisync.model.flat import FlatModel
 from mpisync.session.serving import Serving
 from mpisync.transport.rendezvous import check_launcher
 

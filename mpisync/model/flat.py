@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mpisync.kernels import fold
-from mpisync.session.gradients import GradientCopier, PackKernel
-from mpisync.session.packing import PackedTensors
-from mpisync.session.places import Views, lay_out, refuse_overlaps, tensor_of, view_of
-from mpisync.session.signature import plain_name, signature
+from mpisync.model.gradients import GradientCopier, PackKernel
+from mpisync.model.packed_tensors import PackedTensors
+from mpisync.model.tensor_layout import Views, lay_out, refuse_overlaps, tensor_of, view_of
+from mpisync.model.signature import plain_name, signature
 
 
 class Packed(NamedTuple):

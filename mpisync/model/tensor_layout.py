@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from mpisync.kernels.dtypes import DTYPES
-from mpisync.session.signature import plain_name
+from mpisync.model.signature import plain_name
 
 ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLayout:
     """Where one parameter lies."""
 
     name: str
@@ -43,8 +43,8 @@ class Views:
 
 def lay_out(
     trained: Sequence[tuple[str, Tensor]],
-) -> tuple[tuple[tuple[str, int], ...], tuple[Place, ...]]:
-    """Place tensors in one segment per dtype; the places come in the order of `trained`."""
+) -> tuple[tuple[tuple[str, int], ...], tuple[TensorLayout, ...]]:
+    """TensorLayout tensors in one segment per dtype; the places come in the order of `trained`."""
     names = [str(tensor.dtype).removeprefix("torch.") for _, tensor in trained]
     for name, (parameter, _) in zip(names, trained, strict=True):
         if name not in DTYPES:
@@ -58,7 +58,7 @@ def lay_out(
         step = ALIGNMENT_BYTES // DTYPES[name].itemsize
         stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape).stride()
         places.append(
-            Place(
+            TensorLayout(
                 plain_name(parameter),
                 present.index(name),
                 counts[name],
@@ -82,7 +82,7 @@ def tensor_of(segment: np.ndarray[Any, Any] | Tensor, dtype: str) -> Tensor:
     return tensor.view(getattr(torch, dtype)) if tensor.dtype is torch.uint16 else tensor
 
 
-def view_of(flat: Tensor, place: Place) -> Tensor:
+def view_of(flat: Tensor, place: TensorLayout) -> Tensor:
     """Return the tensor at `place` in its flat segment."""
     return flat[place.offset : place.offset + place.count].as_strided(place.shape, place.stride)
 

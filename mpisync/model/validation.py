@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer, SparseAdam
 
 from mpisync.kernels.dtypes import DTYPES
-from mpisync.session.signature import plain_name
+from mpisync.model.signature import plain_name
 
 # By name: importing torch.distributed's classes takes seconds, and whoever wraps has done it.
 WRAPPERS = {

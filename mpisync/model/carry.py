@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mpisync.session.gradients import peak_of
-from mpisync.session.places import Views
+from mpisync.model.gradients import peak_of
+from mpisync.model.tensor_layout import Views
 
 
-class Carried:
+class CarriedGradient:
     """What a worker carries: the sum of its late gradients since one was accepted.
 
     A gradient that was late is added to the next one as a whole, so that each counts as much as if it had been in time;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpisync.kernels.dtypes import DTYPES, Dtype
-from mpisync.session.places import Place, Views
+from mpisync.model.tensor_layout import TensorLayout, Views
 
 Array = np.ndarray[Any, Any]
 PackKernel = Callable[[Array, Array, Dtype], float]
@@ -24,7 +24,7 @@ LARGE_BYTES = 1 << 20
 class GradientCopier:
     """Copies gradients to their places."""
 
-    def __init__(self, segments: Sequence[tuple[str, int]], places: Sequence[Place]) -> None:
+    def __init__(self, segments: Sequence[tuple[str, int]], places: Sequence[TensorLayout]) -> None:
         self._places = places
         self._dtypes = [DTYPES[segments[place.segment][0]] for place in places]
         self._large = [

@@ -13,9 +13,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mpisync.aggregation.sums import Span
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
-from mpisync.session.places import Place
+from mpisync.model.tensor_layout import TensorLayout
 
-_FRILLS = ("momentum", "weight_decay", "nesterov", "maximize", "differentiable", "fused")
+_UNSUPPORTED_BY_FUSED = ("momentum", "weight_decay", "nesterov", "maximize", "differentiable", "fused")
 
 
 class Update:
@@ -40,16 +40,16 @@ class Update:
         self._parameters, self._optimizer = parameters, optimizer
         self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
 
-    def spans(self, places: Sequence[Place]) -> list[Span]:
+    def spans(self, places: Sequence[TensorLayout]) -> list[Span]:
         """Where the next update is theta - rate * mean and nothing else: the parameters and their rates; else none.
 
         That is `torch.optim.SGD` as it comes, with no hook that might want to see its gradients.
         """
-        if self._clip_norm is not None or not _is_plain(self._optimizer) or not _fuses_like_torch():
+        if self._clip_norm is not None or not _is_plain(self._optimizer) or not _matches_torch_rounding():
             return []
         rates: dict[nn.Parameter, float] = {}
         for group in self._optimizer.param_groups:
-            if any(group.get(name) for name in _FRILLS) or not isinstance(group["lr"], float):
+            if any(group.get(name) for name in _UNSUPPORTED_BY_FUSED) or not isinstance(group["lr"], float):
                 return []
             rates.update(dict.fromkeys(group["params"], group["lr"]))
         spans: list[Span] = []
@@ -87,7 +87,7 @@ def _is_plain(optimizer: Optimizer) -> bool:
 
 
 @cache
-def _fuses_like_torch() -> bool:
+def _matches_torch_rounding() -> bool:
     """Whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
     mean, before = torch.rand(1037, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 1037)
     after = before.numpy().copy()

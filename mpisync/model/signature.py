@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpisync.session.packing import describe
+from mpisync.model.packed_tensors import describe
 
 Entry = dict[str, Any]
 

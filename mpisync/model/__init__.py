@@ -1,0 +1,1 @@
+"""The model as it travels: flat memory, gradients, updates, and what guards them."""
