@@ -14,8 +14,8 @@ from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
 from mpisync.model.flat import FlatModel
 from mpisync.model.gradients import LARGE_BYTES, peak_of
-from mpisync.model.tensor_layout import is_dense
 from mpisync.model.signature import difference
+from mpisync.model.tensor_layout import is_dense
 
 
 class Tied(nn.Module):

@@ -10,11 +10,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 
-from mpisync.session.advice import advice_on
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
-from mpisync.model.validation import check_model_and_optimizer
 from mpisync.model.scheduler import check_scheduler
+from mpisync.model.validation import check_model_and_optimizer
+from mpisync.session.advice import advice_on
 
 
 def sgd(model, **options):

@@ -253,7 +253,7 @@ def test_a_descent_is_the_fold_and_torchs_step_bit_by_bit(name, count, rng, thre
             if first:
                 reducer.fold(summed, gradients[:first], DTYPES[name], start=True)
             got = before.copy()
-            reducer.descend(
+            reducer.fused_sgd_step(
                 got, gradients[first:], DTYPES[name],
                 accumulator=summed, weights=factors, divisor=3.0, rate=0.3,
             )  # fmt: skip
@@ -264,11 +264,11 @@ def test_a_descent_is_the_fold_and_torchs_step_bit_by_bit(name, count, rng, thre
 def test_what_cannot_descend_is_refused():
     ones, half = np.ones(4, np.float32), np.ones(4, np.uint16)
     with pytest.raises(TypeError, match="dtype must be one of float64, float32, not bfloat16"):
-        Reducer().descend(half, [half], DTYPES["bfloat16"], rate=0.1)
+        Reducer().fused_sgd_step(half, [half], DTYPES["bfloat16"], rate=0.1)
     with pytest.raises(ValueError, match="must not be empty"):
-        Reducer().descend(ones, [], DTYPES["float32"], rate=0.1)
+        Reducer().fused_sgd_step(ones, [], DTYPES["float32"], rate=0.1)
     with pytest.raises(ValueError, match="4 elements, not 3"):
-        Reducer().descend(ones, [ones[:3]], DTYPES["float32"], rate=0.1)
+        Reducer().fused_sgd_step(ones, [ones[:3]], DTYPES["float32"], rate=0.1)
 
 
 # -- norms -----------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ from mpisync.aggregation.members import Member, Outcome, State
 from mpisync.aggregation.pool import Lot
 from mpisync.aggregation.stalls import StallReport
 from mpisync.aggregation.steps import ClosedStep, PeerFailed, Taken
-from mpisync.aggregation.sums import RunningSum, Span, Sums
+from mpisync.aggregation.sums import RunningSum, Sums
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, Decision, OpenStep, Policy
 from mpisync.records import StepRecord
 from mpisync.transport.base import End, RootLink
-from mpisync.transport.layout import Layout
+from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header, Kind, Reply, Say, Status
 
@@ -415,8 +415,8 @@ class Root:
             self._reduced()
             return sums
 
-        def descend(spans: Sequence[Span]) -> bool:
-            if not self._sum.descend(self._segments, spans, divisor, weighted=self._weighted):
+        def fused_sgd_step(spans: Sequence[SgdSpan]) -> bool:
+            if not self._sum.fused_sgd_step(self._segments, spans, divisor, weighted=self._weighted):
                 return False
             self._reduced()
             return True
@@ -430,7 +430,7 @@ class Root:
             fingerprints=[header.fingerprint for header in headers],
             closed_s=now_s,
             _fold=fold,
-            _descend=descend,
+            _fused_sgd_step=fused_sgd_step,
             _publish=self._publish,
             _mean=self._sum.mean,
         )

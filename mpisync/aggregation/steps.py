@@ -10,9 +10,10 @@ import numpy as np
 
 from mpisync.aggregation.late import Work
 from mpisync.aggregation.members import Member
-from mpisync.aggregation.sums import Span, Sums
+from mpisync.aggregation.sums import Sums
 from mpisync.policies import Arrival
 from mpisync.records import StepRecord
+from mpisync.transport.layout import SgdSpan
 from mpisync.transport.wire import Header
 
 
@@ -47,8 +48,8 @@ class Taken:
 class ClosedStep:
     """A step that has its gradients: update the parameters, then `publish`.
 
-    The gradients are folded when their mean, or what depends on it, is first asked for; or never, where `descend`
-    folds them and updates the parameters in one pass.
+    The gradients are folded when their mean, or what depends on it, is first asked for; or never, where
+    `fused_sgd_step` folds them and updates the parameters in one pass.
 
     Attributes:
         step: The step's number, which is the version of the parameters to be updated.
@@ -67,7 +68,7 @@ class ClosedStep:
     fingerprints: list[int]
     closed_s: float
     _fold: Callable[[], Sums] = field(repr=False)
-    _descend: Callable[[Sequence[Span]], bool] = field(repr=False)
+    _fused_sgd_step: Callable[[Sequence[SgdSpan]], bool] = field(repr=False)
     _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
     _mean: list[np.ndarray] = field(repr=False)
     _has_descended: bool = False
@@ -85,7 +86,7 @@ class ClosedStep:
             RuntimeError: The step has descended.
         """
         if self._has_descended:
-            raise RuntimeError("a step that has descended has no mean: ask for it instead of descend()")
+            raise RuntimeError("a step that has descended has no mean: ask for it instead of fused_sgd_step()")
         assert self.sums
         return self._mean
 
@@ -94,7 +95,7 @@ class ClosedStep:
         """Whether every element of the mean is finite; when not, leave the parameters alone."""
         return self.sums.finite
 
-    def descend(self, spans: Sequence[Span]) -> bool:
+    def fused_sgd_step(self, spans: Sequence[SgdSpan]) -> bool:
         """Subtract each span's rate times its mean gradient from the parameters, in one pass over memory.
 
         Bit by bit that is what `torch.optim.SGD` does with the mean, without writing the mean down.
@@ -104,7 +105,7 @@ class ClosedStep:
             update that will be refused, nor where it exists already or norms are wanted.
         """
         if "sums" not in vars(self):
-            self._has_descended = self._descend(spans)
+            self._has_descended = self._fused_sgd_step(spans)
         return self._has_descended
 
     def publish(self) -> StepRecord:

@@ -9,17 +9,7 @@ import numpy as np
 
 from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
-from mpisync.transport.layout import Block, Layout, aligned_bytes
-
-
-@dataclass(frozen=True)
-class Span:
-    """Parameters that descend at one rate: elements `start` to `stop` of a segment."""
-
-    segment: int
-    start: int
-    stop: int
-    rate: float
+from mpisync.transport.layout import Block, Layout, SgdSpan, aligned_bytes
 
 
 @dataclass
@@ -89,8 +79,8 @@ class RunningSum:
             self.forget()
         return sums
 
-    def descend(
-        self, parameters: Sequence[np.ndarray], spans: Sequence[Span], divisor: float, *, weighted: bool
+    def fused_sgd_step(
+        self, parameters: Sequence[np.ndarray], spans: Sequence[SgdSpan], divisor: float, *, weighted: bool
     ) -> bool:
         """Fold what is pending and update parameters in the same pass, if the sum cannot but be finite.
 
@@ -112,7 +102,7 @@ class RunningSum:
                 start, stop = max(span.start, block.start), min(span.stop, block.stop)
                 if span.segment == block.segment and start < stop:
                     part = slice(start - block.start, stop - block.start)
-                    self._reducer.descend(
+                    self._reducer.fused_sgd_step(
                         parameters[block.segment][start:stop],
                         [gradient[part] for gradient in gradients],
                         kinds[block.segment],

@@ -126,7 +126,7 @@ class Reducer:
         result = self.fold(accumulator, [accumulator], dtype, start=True, divisor=divisor, norms=norms)
         return FoldResult(result.finite, result.sum_squares)
 
-    def descend(
+    def fused_sgd_step(
         self,
         parameters: Array,
         gradients: Sequence[Array],
@@ -314,7 +314,7 @@ def warm(names: Iterable[str]) -> None:
         gradient, accumulator = np.zeros(1, dtype.storage), np.zeros(1, dtype.accumulator)
         _ALONE.fold(accumulator, [gradient], dtype, start=True, norms=True)
         if name in _DESCENTS:
-            _ALONE.descend(accumulator, [gradient], dtype, rate=0.0)
+            _ALONE.fused_sgd_step(accumulator, [gradient], dtype, rate=0.0)
         _ALONE.copy(gradient, gradient.copy())
         readonly = gradient.view()
         readonly.flags.writeable = False  # of a type of its own for numba

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mpisync.kernels import fold
 from mpisync.model.gradients import GradientCopier, PackKernel
 from mpisync.model.packed_tensors import PackedTensors
-from mpisync.model.tensor_layout import Views, lay_out, refuse_overlaps, tensor_of, view_of
 from mpisync.model.signature import plain_name, signature
+from mpisync.model.tensor_layout import Views, lay_out, refuse_overlaps, tensor_of, view_of
 
 
 class Packed(NamedTuple):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from mpisync.aggregation.sums import Span
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
 from mpisync.model.tensor_layout import TensorLayout
+from mpisync.transport.layout import SgdSpan
 
 _UNSUPPORTED_BY_FUSED = ("momentum", "weight_decay", "nesterov", "maximize", "differentiable", "fused")
 
@@ -40,7 +40,7 @@ class Update:
         self._parameters, self._optimizer = parameters, optimizer
         self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
 
-    def spans(self, places: Sequence[TensorLayout]) -> list[Span]:
+    def spans(self, places: Sequence[TensorLayout]) -> list[SgdSpan]:
         """Where the next update is theta - rate * mean and nothing else: the parameters and their rates; else none.
 
         That is `torch.optim.SGD` as it comes, with no hook that might want to see its gradients.
@@ -52,14 +52,14 @@ class Update:
             if any(group.get(name) for name in _UNSUPPORTED_BY_FUSED) or not isinstance(group["lr"], float):
                 return []
             rates.update(dict.fromkeys(group["params"], group["lr"]))
-        spans: list[Span] = []
+        spans: list[SgdSpan] = []
         before: float | None = None  # the rate of the parameter before this one
         for parameter, place in zip(self._parameters, places, strict=True):
             rate, start = rates.get(parameter), place.offset
             if rate is not None:
                 if rate == before and spans[-1].segment == place.segment:
                     start = spans.pop().start  # what lies between parameters is zero, and stays so
-                spans.append(Span(place.segment, start, place.offset + place.count, rate))
+                spans.append(SgdSpan(place.segment, start, place.offset + place.count, rate))
             before = rate
         return spans
 
@@ -91,5 +91,5 @@ def _matches_torch_rounding() -> bool:
     """Whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
     mean, before = torch.rand(1037, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 1037)
     after = before.numpy().copy()
-    Reducer().descend(after, [mean.numpy()], DTYPES["float32"], rate=0.3)
+    Reducer().fused_sgd_step(after, [mean.numpy()], DTYPES["float32"], rate=0.3)
     return torch.equal(torch.from_numpy(after), before.add(mean, alpha=-0.3))

@@ -19,6 +19,11 @@ from mpisync.aggregation.pool import Lot, Pool
 from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
+from mpisync.model.flat import FlatModel
+from mpisync.model.guards import forbid_steps
+from mpisync.model.scheduler import Schedule, check_scheduler
+from mpisync.model.update import Update
+from mpisync.model.validation import check_model_and_optimizer
 from mpisync.policies import BackupWorkers
 from mpisync.records import ArrivalRecord, StepRecord
 from mpisync.session.described import described
@@ -26,13 +31,8 @@ from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of
 from mpisync.session.extent import Extent
-from mpisync.model.flat import FlatModel
-from mpisync.model.guards import forbid_steps
 from mpisync.session.pooling import pool_of
-from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.reports import Reports
-from mpisync.model.scheduler import Schedule, check_scheduler
-from mpisync.model.update import Update
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.peers import peak_rss_bytes
 

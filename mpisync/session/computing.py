@@ -18,15 +18,15 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
+from mpisync.model.flat import FlatModel
+from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.model.scheduler import Schedule
+from mpisync.model.write_fault import FaultNotice
 from mpisync.session.drawn import Basis, Drawn
 from mpisync.session.ended import Averages
 from mpisync.session.ends import leave_worker
 from mpisync.session.extent import Extent
-from mpisync.model.flat import FlatModel
-from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.session.joint import Joint
-from mpisync.model.write_fault import FaultNotice
-from mpisync.model.scheduler import Schedule
 from mpisync.session.threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.shared import SharedWorkerLink

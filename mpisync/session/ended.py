@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from mpisync.session.extent import Extent
 from mpisync.model.flat import FlatModel
+from mpisync.session.extent import Extent
 
 Averages = Sequence[tuple[nn.Parameter, Tensor]]
 

@@ -11,13 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.joining import Place
-from mpisync.session.ends import problem_of
 from mpisync.model.flat import FlatModel
-from mpisync.model.tensor_layout import Views
-from mpisync.model.validation import check_model_and_optimizer
-from mpisync.session.reports import check_replay
 from mpisync.model.scheduler import check_scheduler
 from mpisync.model.signature import difference
+from mpisync.model.tensor_layout import Views
+from mpisync.model.validation import check_model_and_optimizer
+from mpisync.session.ends import problem_of
+from mpisync.session.reports import check_replay
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
 from mpisync.transport.rendezvous import Claim, poll
 

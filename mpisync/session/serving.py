@@ -15,18 +15,18 @@ from torch.optim import Optimizer
 from mpisync.aggregation.late import Requeue
 from mpisync.aggregation.members import Account
 from mpisync.aggregation.steps import ClosedStep
+from mpisync.model.flat import FlatModel
+from mpisync.model.scheduler import Schedule
+from mpisync.model.update import Update
 from mpisync.session.advice import advice_on
 from mpisync.session.described import cores_of, described
 from mpisync.session.ended import Averages
 from mpisync.session.ends import failure_of, leave_root
 from mpisync.session.extent import Extent
-from mpisync.model.flat import FlatModel
 from mpisync.session.joint import Joint
 from mpisync.session.pooling import late_work, pool_of
 from mpisync.session.reports import Reports
-from mpisync.model.scheduler import Schedule
 from mpisync.session.threads import torch_threads
-from mpisync.model.update import Update
 from mpisync.transport.peers import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Serving:
         """Update everything that the next version publishes; nothing if the mean is refused."""
         self._warn_of_equals(closed)
         split = self._joint.presence_bytes
-        if (spans := self._update.spans(self._flat.places)) and closed.descend(spans):
+        if (spans := self._update.spans(self._flat.places)) and closed.fused_sgd_step(spans):
             for parameter in self._flat.parameters:
                 parameter.grad = None  # there is no mean; an earlier step's would mislead
             self._update.move_average()

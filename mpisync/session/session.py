@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.verdict import Verdict
+from mpisync.model.flat import FlatModel
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.alone import Alone
@@ -21,7 +22,6 @@ from mpisync.session.computing import Computing
 from mpisync.session.ended import Ended, averaged_state
 from mpisync.session.ends import check_communicator, chosen_policy
 from mpisync.session.extent import Extent
-from mpisync.model.flat import FlatModel
 from mpisync.session.serving import Serving
 from mpisync.transport.rendezvous import check_launcher
 

@@ -48,6 +48,16 @@ class Block:
 
 
 @dataclass(frozen=True)
+class SgdSpan:
+    """Parameters that fused_sgd_step at one rate: elements `start` to `stop` of a segment."""
+
+    segment: int
+    start: int
+    stop: int
+    rate: float
+
+
+@dataclass(frozen=True)
 class Layout:
     """The segments and extras of a gradient or of a parameter version."""
 

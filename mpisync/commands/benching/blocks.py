@@ -14,7 +14,6 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.aggregation.joining import Place
-from mpisync.aggregation.sums import Span
 from mpisync.commands.benching import marks
 from mpisync.commands.benching.cluster import Cluster
 from mpisync.commands.benching.marks import Gradient, Push
@@ -22,7 +21,7 @@ from mpisync.commands.benching.measuring import meet
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.policies import BackupWorkers
 from mpisync.session.ends import leave_root, leave_worker
-from mpisync.transport.layout import Layout
+from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Claim
 
 
@@ -104,7 +103,7 @@ def _serve(place: Place, workers: int, least: int, play_s: float) -> tuple[list[
     means: list[list[float]] = []
     try:
         for closed in root.serve():
-            if not closed.descend([Span(0, 0, parameters.size, 1.0)]):
+            if not closed.fused_sgd_step([SgdSpan(0, 0, parameters.size, 1.0)]):
                 raise RuntimeError(f"step {closed.step} has no finite mean")
             means.append([*(-parameters[:last]).tolist(), 1.0])
             parameters[:last] = 0  # so that the next change is read as exactly

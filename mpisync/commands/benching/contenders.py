@@ -15,10 +15,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.aggregation.joining import Place
-from mpisync.aggregation.sums import Span
 from mpisync.policies import BackupWorkers
 from mpisync.session.ends import leave_root, leave_worker
-from mpisync.transport.layout import Layout
+from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Claim
 
 LR = 0.125
@@ -141,7 +140,7 @@ class Ours(Contender):
             self._root = place.root()
             self._steps = self._root.serve()
             self._update = Update(optimizer, layout.arrays(place.parameters)[0], place.reducer.threads)
-            self._spans = [Span(0, 0, size, LR)] if optimizer == "sgd" else []
+            self._spans = [SgdSpan(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []
             }  # fmt: skip
@@ -161,7 +160,7 @@ class Ours(Contender):
         before_s = None
         for _ in range(count):
             closed = next(self._steps)
-            if not (self._spans and closed.descend(self._spans)):
+            if not (self._spans and closed.fused_sgd_step(self._spans)):
                 self._update.step(closed.mean[0])
             record = closed.publish()
             self.spent_s["reduce"].append(record.reduce_s)
