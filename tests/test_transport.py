@@ -12,9 +12,9 @@ from mpi4py import MPI
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.ends import chosen_policy
 from mpisync.session.partial import PartialReduce
-from mpisync.transport import duplicates, shared
-from mpisync.transport import memory as memory_module
-from mpisync.transport.memory import Futex, SharedMemory
+from mpisync.transport import communicators, shared
+from mpisync.transport import shared_memory as memory_module
+from mpisync.transport.shared_memory import Futex, SharedMemory
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 
@@ -72,8 +72,8 @@ def is_uniform(theta):
 def assert_nothing_left(comm):
     """No message waits on the duplicate that sessions on `comm` use."""
     comm.Barrier()
-    assert duplicates.known(comm)
-    assert not any(private.Iprobe() for private in duplicates.known(comm))
+    assert communicators.known(comm)
+    assert not any(private.Iprobe() for private in communicators.known(comm))
     comm.Barrier()
 
 
@@ -372,7 +372,7 @@ def test_two_at_a_time_on_one_communicator_do_not_meet(comm, transport):
                     two.push(other)
                     assert one.gradient.shape == (20,) and two.gradient.shape == (30,)
         assert (one.parameters == 5).all() and (two.parameters == 50).all()
-        assert len(duplicates.known(comm)) == 2
+        assert len(communicators.known(comm)) == 2
         assert_nothing_left(comm)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.transport import duplicates
+from mpisync.transport import communicators
 from mpisync.transport.layout import Block, Layout
 from mpisync.transport.wire import HEADER_BYTES, Header, Kind, Reply, Tag
 
@@ -172,7 +172,7 @@ class RootLink(abc.ABC):
                 request.Wait()
             request.Free()
         self._receives, self._open = [], set()
-        duplicates.give_back(self.comm)
+        communicators.give_back(self.comm)
 
 
 class WorkerLink(abc.ABC):

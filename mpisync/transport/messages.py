@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.transport import duplicates
+from mpisync.transport import communicators
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.layout import BLOCK_BYTES, Block, Layout, aligned_bytes
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Say, Tag
@@ -429,7 +429,7 @@ class MessageWorkerLink(WorkerLink):
         self._listen.Cancel()
         self._listen.Wait()
         self._listen.Free()
-        duplicates.give_back(self._comm)
+        communicators.give_back(self._comm)
 
 
 def doze(idle_s: float, timeout_s: float, busy: bool) -> float:

@@ -21,13 +21,13 @@ from mpi4py import MPI
 
 from mpisync import launchers, settings, siblings
 from mpisync.kernels.fold import Reducer
-from mpisync.transport import duplicates
+from mpisync.transport import communicators
 from mpisync.transport.base import RootLink, WorkerLink
 from mpisync.transport.layout import Layout
-from mpisync.transport.memory import SharedMemory
 from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
 from mpisync.transport.peers import Peer
 from mpisync.transport.shared import Board, SharedRootLink, SharedWorkerLink
+from mpisync.transport.shared_memory import SharedMemory
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def meet(
         ]
     if problems:
         raise ValueError("; ".join(problems))
-    duplicates.take(private)
+    communicators.take(private)
     peers = [Peer.from_json(s["peer"]) for s in said]
     return Meeting(private, root, said[root]["incarnation"], peers, said[root]["transport"])
 
@@ -114,17 +114,17 @@ def check_launcher(comm: MPI.Intracomm) -> None:
 
 def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
     """Return a duplicate of `comm` that no run uses now, on any rank. Collective."""
-    privates = duplicates.known(comm)
+    privates = communicators.known(comm)
     if privates:
         # on the first, whether it is free or not: a run has only messages of its own under way there
-        free = np.array([duplicates.is_free(private) for private in privates], np.int8)
+        free = np.array([communicators.is_free(private) for private in privates], np.int8)
         agreed = np.empty_like(free)
         poll(privates[0].Iallreduce(free, agreed, MPI.MIN), comm, "to reach the session")
         if agreed.any():
             return privates[int(agreed.argmax())]
     private, request = comm.Idup()
     poll(request, comm, "to reach the session")
-    duplicates.keep(comm, private)
+    communicators.keep(comm, private)
     return private
 
 

@@ -30,10 +30,10 @@ from mpi4py import MPI
 
 from mpisync.kernels.atomics import fence, fetch_add, load_acquire, store_release
 from mpisync.kernels.fold import Reducer
-from mpisync.transport import duplicates
+from mpisync.transport import communicators
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.layout import Block, Layout, aligned
-from mpisync.transport.memory import Futex, SharedMemory
+from mpisync.transport.shared_memory import Futex, SharedMemory
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Tag
 
 _PAGE = 4096
@@ -324,7 +324,7 @@ class SharedWorkerLink(WorkerLink):
         for send, _ in [*self._unfinished, (self._send, self._header)]:
             send.Wait()
             send.Free()
-        duplicates.give_back(self._comm)
+        communicators.give_back(self._comm)
         self.gradient = self.parameters = np.empty(0, np.uint8)
         self._slot.close()
         self._board.memory.close()

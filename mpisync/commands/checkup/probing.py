@@ -20,8 +20,8 @@ from mpisync import launchers, settings
 from mpisync.commands.checkup.children import find_tools, start_rank, start_trial
 from mpisync.commands.checkup.probes import Probe
 from mpisync.policies import parse_policy
-from mpisync.transport.memory import SharedMemory
 from mpisync.transport.peers import Peer
+from mpisync.transport.shared_memory import SharedMemory
 from mpisync.version import __version__
 
 _SIOCGIFADDR = 0x8915
