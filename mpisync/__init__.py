@@ -11,7 +11,7 @@ from mpisync import ending
 from mpisync.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
-    from mpisync.aggregation.steps import PeerFailed as PeerFailed
+    from mpisync.aggregation.errors import PeerFailed as PeerFailed
     from mpisync.aggregation.verdict import Verdict as Verdict
     from mpisync.policies import Adaptive as Adaptive
     from mpisync.policies import Async as Async
@@ -32,7 +32,7 @@ _HOMES: dict[str, str] = {
     "BackupWorkers": "mpisync.policies",
     "Deadline": "mpisync.policies",
     "PartialReduce": "mpisync.session.partial",
-    "PeerFailed": "mpisync.aggregation.steps",
+    "PeerFailed": "mpisync.aggregation.errors",
     "Replay": "mpisync.policies",
     "Session": "mpisync.session.session",
     "StepRecord": "mpisync.records",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpisync.aggregation.late import Discard, Requeue
+from mpisync.aggregation.late_work import Discard, Requeue
 from mpisync.aggregation.root import Root
 from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink

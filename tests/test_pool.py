@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpisync.aggregation.pool import Lot, Pool, Script
+from mpisync.aggregation.sample_pool import BatchId, ReplayedPool, SamplePool
 
 
 def drain(pool, worker=0):
@@ -19,42 +19,42 @@ def drain(pool, worker=0):
 
 
 def test_a_lone_worker_gets_every_batch_of_every_epoch_in_order():
-    pool = Pool(batches=3, epochs=2)
+    pool = SamplePool(batches=3, epochs=2)
     assert pool.remaining == 6
-    assert drain(pool) == [Lot(epoch, batch) for epoch in range(2) for batch in range(3)]
+    assert drain(pool) == [BatchId(epoch, batch) for epoch in range(2) for batch in range(3)]
     assert pool.remaining == 0
 
 
 def test_without_a_number_of_epochs_there_is_no_end():
-    pool = Pool(batches=2)
-    assert [pool.claim(0) for _ in range(5)][-1] == Lot(2, 0)
+    pool = SamplePool(batches=2)
+    assert [pool.claim(0) for _ in range(5)][-1] == BatchId(2, 0)
     assert pool.remaining is None
 
 
 def test_what_is_given_back_is_claimed_before_anything_fresh():
-    pool = Pool(batches=4, epochs=1)
+    pool = SamplePool(batches=4, epochs=1)
     pool.claim(0)
     pool.give_back(0, pool.take(0, 1))
-    assert pool.claim(1) == Lot(0, 0)
+    assert pool.claim(1) == BatchId(0, 0)
     assert pool.remaining == 4
 
 
 def test_a_worker_that_is_behind_has_its_batch_given_to_one_other():
-    pool = Pool(batches=9, epochs=1)
+    pool = SamplePool(batches=9, epochs=1)
     slow = [pool.claim(0), pool.claim(0)]  # the second was fetched ahead
     assert pool.claim(1, behind=[0]) == slow[0]
-    assert pool.claim(2, behind=[0]) == Lot(0, 2), "once is enough, and what it has not begun stays its own"
+    assert pool.claim(2, behind=[0]) == BatchId(0, 2), "once is enough, and what it has not begun stays its own"
     pool.use(pool.take(1, 1))
     assert pool.is_used(pool.take(0, 1)), "the slow one's gradient counts no more"
     assert pool.claim(1, behind=[0]) == slow[1], "now it computes on that"
-    assert pool.claim(0, behind=[0]) == Lot(0, 3), "nobody takes over from itself"
+    assert pool.claim(0, behind=[0]) == BatchId(0, 3), "nobody takes over from itself"
 
 
 def test_at_the_end_whoever_is_idle_gets_what_others_have_and_the_first_counts():
-    pool = Pool(batches=2, epochs=1)
-    assert [pool.claim(0), pool.claim(1)] == [Lot(0, 0), Lot(0, 1)]
-    assert pool.claim(2) == Lot(0, 0)
-    assert pool.claim(3) == Lot(0, 1), "the one that fewer have"
+    pool = SamplePool(batches=2, epochs=1)
+    assert [pool.claim(0), pool.claim(1)] == [BatchId(0, 0), BatchId(0, 1)]
+    assert pool.claim(2) == BatchId(0, 0)
+    assert pool.claim(3) == BatchId(0, 1), "the one that fewer have"
     first = pool.take(3, 1)
     pool.use(first)
     assert pool.is_used(pool.take(1, 1)) and not pool.is_used(pool.take(0, 1))
@@ -62,41 +62,41 @@ def test_at_the_end_whoever_is_idle_gets_what_others_have_and_the_first_counts()
 
 
 def test_what_one_of_two_gives_back_stays_with_the_other():
-    pool = Pool(batches=1, epochs=1)
+    pool = SamplePool(batches=1, epochs=1)
     pool.claim(0)
     pool.claim(1)
     pool.give_back(0, pool.take(0, 1))
     assert pool.state == {"batches": 1, "fresh": [1, 0], "returned": [[0, 0]]}
     pool.leave(1)
-    assert drain(pool) == [Lot(0, 0)]
+    assert drain(pool) == [BatchId(0, 0)]
 
 
 def test_what_is_given_up_does_not_come_back():
-    pool = Pool(batches=2, epochs=1)
+    pool = SamplePool(batches=2, epochs=1)
     pool.claim(0)
     pool.give_up(0, pool.take(0, 1))
-    assert drain(pool) == [Lot(0, 1)] and pool.remaining == 0
+    assert drain(pool) == [BatchId(0, 1)] and pool.remaining == 0
 
 
 def test_a_checkpoint_has_what_was_accepted_into_a_step_that_is_still_open():
-    pool = Pool(batches=1, epochs=1)
+    pool = SamplePool(batches=1, epochs=1)
     pool.claim(0)
     lots = pool.take(0, 1)
     pool.use(lots)
-    assert pool.remaining == 0 and Pool(1, 1, pool.state).remaining == 1, "its step may never close"
+    assert pool.remaining == 0 and SamplePool(1, 1, pool.state).remaining == 1, "its step may never close"
     pool.settle(lots)
-    assert Pool(1, 1, pool.state).remaining == 0
+    assert SamplePool(1, 1, pool.state).remaining == 0
 
 
 def test_the_place_in_other_batches_is_refused():
     with pytest.raises(ValueError, match="had 4 batches an epoch and this one has 2"):
-        Pool(2, 1, Pool(4, 1).state)
+        SamplePool(2, 1, SamplePool(4, 1).state)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(2, 4), st.data())
 def test_every_batch_is_used_once_whatever_happens_and_from_any_state(batches, epochs, workers, data):
-    pool, used, held = Pool(batches, epochs), [], {w: [] for w in range(workers)}
+    pool, used, held = SamplePool(batches, epochs), [], {w: [] for w in range(workers)}
     for _ in range(data.draw(st.integers(0, 60), "events")):
         worker = data.draw(st.integers(0, workers - 1), "worker")
         what = data.draw(st.sampled_from(["claim", "claim", "use", "late", "leave", "restart"]), "what")
@@ -119,18 +119,18 @@ def test_every_batch_is_used_once_whatever_happens_and_from_any_state(batches, e
             pool.leave(worker)
             held[worker].clear()
         elif what == "restart":
-            pool = Pool(batches, epochs, pool.state)
+            pool = SamplePool(batches, epochs, pool.state)
             held = {w: [] for w in range(workers)}
         assert pool.remaining == batches * epochs - len(used)
     for worker in range(workers):
         pool.leave(worker)
     used += drain(pool)
-    assert sorted(used) == [Lot(epoch, batch) for epoch in range(epochs) for batch in range(batches)]
+    assert sorted(used) == [BatchId(epoch, batch) for epoch in range(epochs) for batch in range(batches)]
 
 
 def test_a_record_is_dealt_again_and_a_loop_that_draws_otherwise_is_refused():
-    script = Script(4, [[[Lot(0, 2), Lot(0, 0)], [Lot(1, 1)]], []])
-    assert [script.claim(0) for _ in range(4)] == [Lot(0, 2), Lot(0, 0), Lot(1, 1), None]
-    assert script.take(0, 2) == [Lot(0, 2), Lot(0, 0)]
+    script = ReplayedPool(4, [[[BatchId(0, 2), BatchId(0, 0)], [BatchId(1, 1)]], []])
+    assert [script.claim(0) for _ in range(4)] == [BatchId(0, 2), BatchId(0, 0), BatchId(1, 1), None]
+    assert script.take(0, 2) == [BatchId(0, 2), BatchId(0, 0)]
     with pytest.raises(RuntimeError, match=r"comes from 2 batches and is recorded\s+with 1"):
         script.take(0, 2)

@@ -12,9 +12,9 @@ import pytest
 from playing import cycling
 from scripted import ScriptedWorker, Stuck, World, value_of
 
-from mpisync.aggregation.farewell import ENDED, farewell
+from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.members import State
-from mpisync.aggregation.steps import PeerFailed
+from mpisync.aggregation.shutdown import ENDED, farewell
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.transport.wire import Kind, Status
 

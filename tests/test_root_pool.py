@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedWorker, World
 
-from mpisync.aggregation.farewell import farewell
-from mpisync.aggregation.late import Requeue, Retry
-from mpisync.aggregation.pool import Lot, Pool
+from mpisync.aggregation.late_work import Requeue, Retry
 from mpisync.aggregation.root import TAKEN_OVER
+from mpisync.aggregation.sample_pool import BatchId, SamplePool
+from mpisync.aggregation.shutdown import farewell
 from mpisync.policies import Adaptive, Async, BackupWorkers, Deadline
 from mpisync.transport.wire import Status
 
@@ -30,7 +30,7 @@ def workers(delays, **options):
 
 def world_of(many, policy, *, batches=7, epochs=2, **options):
     late = Requeue()
-    late.pool = Pool(batches, epochs)
+    late.pool = SamplePool(batches, epochs)
     return World(many, policy, late=late, **options)
 
 
@@ -38,11 +38,11 @@ def used(world):
     accepted = {(w, s) for record in world.records for w, s, _ in record.accepted}
     arrivals = [a for record in world.records for a in record.arrivals]
     assert all((a.worker, a.sequence) in accepted for a in arrivals if a.verdict == "accepted")
-    return Counter(Lot(*lot) for a in arrivals if a.verdict == "accepted" for lot in a.lots)
+    return Counter(BatchId(*lot) for a in arrivals if a.verdict == "accepted" for lot in a.lots)
 
 
 def all_of(batches, epochs):
-    return dict.fromkeys((Lot(epoch, batch) for epoch in range(epochs) for batch in range(batches)), 1)
+    return dict.fromkeys((BatchId(epoch, batch) for epoch in range(epochs) for batch in range(batches)), 1)
 
 
 def finish(world):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import DATA, WORKERS, Shared, check_average, fails_everywhere, flat, loader, new_model, on_all, sgd, train
 
 import mpisync
-from mpisync.aggregation.steps import ClosedStep
+from mpisync.aggregation.closed_step import ClosedStep
 
 
 @pytest.mark.parallel(WORKERS + 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mpisync.aggregation.late import Work
 from mpisync.aggregation.members import Member, Outcome
+from mpisync.aggregation.work import Work
 from mpisync.policies import Arrival
 from mpisync.records import ArrivalRecord
 from mpisync.transport.wire import Header

@@ -18,15 +18,13 @@ from __future__ import annotations
 import enum
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from mpisync.aggregation.work import Work
 from mpisync.policies import Arrival
 from mpisync.transport.base import RootLink
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header
-
-if TYPE_CHECKING:
-    from mpisync.aggregation.late import Work
 
 
 class State(enum.Enum):

@@ -19,22 +19,23 @@ from dataclasses import replace
 import numpy as np
 
 from mpisync.aggregation.answers import answer
-from mpisync.aggregation.asking import Asking
+from mpisync.aggregation.closed_step import AcceptedGradient, ClosedStep
+from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.inbox import Inbox
-from mpisync.aggregation.late import Discard
+from mpisync.aggregation.late_work import Discard
 from mpisync.aggregation.ledger import Ledger
 from mpisync.aggregation.members import Member, Outcome, State
-from mpisync.aggregation.pool import Lot
+from mpisync.aggregation.payloads import PayloadQueue
+from mpisync.aggregation.running_sum import RunningSum, Sums
+from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.stalls import StallReport
-from mpisync.aggregation.steps import ClosedStep, PeerFailed, Taken
-from mpisync.aggregation.sums import RunningSum, Sums
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, Decision, OpenStep, Policy
 from mpisync.records import StepRecord
 from mpisync.transport.base import End, RootLink
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.peers import Peer
-from mpisync.transport.wire import Header, Kind, Reply, Say, Status
+from mpisync.transport.wire import Header, Kind, Reply, ReplyKind, Status
 
 _LOOK_AFTER_S = 0.25  # how often an idle root looks whether its workers' processes live
 _FOLD_BYTES_PER_S = 10e9  # how fast a fold is at least; decides when an early one pays
@@ -94,14 +95,14 @@ class Root:
         self._layout, self._weighted, self._norms = layout, weighted, norms
         self._lots = random.Random(0)
         self.inbox = Inbox(self.links, self.members, self.me, clock, self._lots)
-        self._asking = Asking(self.members)
+        self._asking = PayloadQueue(self.members)
         self._rejected_in_a_row = 0
         self._stop_asked = False
         self._last: int | None = None  # the version at which the training ends
         self.has_ended = False
         self._look_after_s = 0.0
         self._stalls = StallReport(stall_report_s, self.me)
-        self._taken: list[Taken] = []  # the accepted gradients of the open step
+        self._taken: list[AcceptedGradient] = []  # the accepted gradients of the open step
         self._folded = 0  # how many of them are in the sum
         self._extras: list[np.ndarray] = []
         self._segments = layout.arrays(parameters)
@@ -178,7 +179,7 @@ class Root:
             self._judge(member)
 
     def note(
-        self, member: Member, header: Header, *, status: Status = Status.NOTED, lot: Lot | None = None
+        self, member: Member, header: Header, *, status: Status = Status.NOTED, lot: BatchId | None = None
     ) -> int:
         """Answer a header that is no gradient's; the version at which the worker's next computation begins."""
         resume = self.policy.resumes_at(member.worker, member.next_sequence, self.version)
@@ -231,7 +232,7 @@ class Root:
         step.accepted.append(member.came)
         member.state = State.ACCEPTED
         self._sum.add(member.link, member.worker, weight, member.said.peak)
-        self._taken.append(Taken(member, member.said, member.came, member.done, member.is_tie))
+        self._taken.append(AcceptedGradient(member, member.said, member.came, member.done, member.is_tie))
         self.late.accept(member, member.done)
         self._rejected_in_a_row = 0
         self._accepted_s = self.clock()
@@ -306,12 +307,12 @@ class Root:
         resume: int,
         late_by: int = 0,
         reason: str = "",
-        lot: Lot | None = None,
+        lot: BatchId | None = None,
     ) -> None:
         epoch, batch = (-1, -1) if lot is None else lot
         reply = Reply(
             header.incarnation,
-            Say.VERDICT,
+            ReplyKind.VERDICT,
             status,
             member.worker,
             header.ordinal,

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from mpisync.aggregation.pool import Lot
-from mpisync.aggregation.steps import PeerFailed
+from mpisync.aggregation.errors import PeerFailed
+from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.verdict import Verdict
 from mpisync.transport.base import End, WorkerLink
 from mpisync.transport.peers import Peer, peak_rss_bytes
@@ -62,7 +62,7 @@ class Worker:
         Raises:
             PeerFailed: Another rank failed.
         """
-        if self._resume is None or (self.link.newest() >= self._resume and self.link.must_ask()):
+        if self._resume is None or (self.link.newest() >= self._resume and self.link.has_unsent_version()):
             self._resume = self._ask(Kind.READY).resume
         version = self._wait(self._newest_or_end, "the parameters")
         if self.ended is not None:
@@ -144,14 +144,14 @@ class Worker:
             reply.waited_s,
         )
 
-    def claim(self, batches: int) -> Lot | None:
+    def claim(self, batches: int) -> BatchId | None:
         """Claim the next batch of the pool; None where there is none left.
 
         Args:
             batches: How many an epoch has, by this worker's loader.
         """
         reply = self._ask(Kind.CLAIM, batches=batches)
-        return None if reply.batch < 0 else Lot(reply.epoch, reply.batch)
+        return None if reply.batch < 0 else BatchId(reply.epoch, reply.batch)
 
     def pass_over(self, *, samples: int, batches: int) -> bool:
         """Tell that batches left no gradient; whether it would have been late."""

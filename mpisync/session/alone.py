@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.members import Account, Fate
-from mpisync.aggregation.pool import Lot, Pool
 from mpisync.aggregation.root import REJECTIONS_PER_WORKER
+from mpisync.aggregation.sample_pool import BatchId, SamplePool
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.model.flat import FlatModel
@@ -73,7 +73,7 @@ class Alone:
         self._arrivals: list[ArrivalRecord] = []  # of the open step
         self._account = Account()
         self._by_cost: dict[int, Account] = {}  # by class of costs
-        self._pool: Pool | None = None
+        self._pool: SamplePool | None = None
         self._sequence = self._rejected = self._rejected_in_a_row = 0
         # what it does, whatever the policy: every step is the gradient of the only worker
         self._reports.header(
@@ -116,7 +116,7 @@ class Alone:
         finally:
             data.close()
 
-    def _claim(self, batches: int) -> Lot | None:
+    def _claim(self, batches: int) -> BatchId | None:
         """The pool's next batch; this process claims none ahead that it does not come to."""
         assert self._pool is not None
         return self._pool.claim(0)

@@ -10,9 +10,9 @@ from functools import partial
 from mpi4py import MPI
 
 from mpisync import ending, settings
-from mpisync.aggregation.farewell import farewell
+from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.root import Root
-from mpisync.aggregation.steps import PeerFailed
+from mpisync.aggregation.shutdown import farewell
 from mpisync.aggregation.worker import Worker
 from mpisync.policies import BackupWorkers, Policy, parse_policy
 

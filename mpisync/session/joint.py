@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
-from mpisync.aggregation.joining import Place
+from mpisync.aggregation.participant import Participant
 from mpisync.model.flat import FlatModel
 from mpisync.model.scheduler import check_scheduler
 from mpisync.model.signature import difference
@@ -19,7 +19,7 @@ from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.ends import problem_of
 from mpisync.session.reports import check_replay
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
-from mpisync.transport.rendezvous import Claim, poll
+from mpisync.transport.rendezvous import Proposal, poll
 
 if TYPE_CHECKING:
     from mpisync.session.session import Settings
@@ -46,7 +46,7 @@ class Joint:
         )
         if problem:  # meet() raises it on every rank
             empty = Layout.of([])
-            Place(comm, Claim("", problem), _differ, empty, empty, settings.policy)
+            Participant(comm, Proposal("", problem), _differ, empty, empty, settings.policy)
         self.flat = FlatModel(model)
         self.presence_bytes = aligned(len(self.flat.parameters))
         self.segments = len(self.flat.segments)
@@ -64,7 +64,7 @@ class Joint:
             "late_limit": settings.late_limit,
         }
         content = json.dumps([said, self.flat.signature().decode()])
-        self.place = Place(comm, Claim(content), _differ, layout, published, settings.policy)
+        self.place = Participant(comm, Proposal(content), _differ, layout, published, settings.policy)
         self._share_frozen()
 
     def _share_frozen(self) -> None:

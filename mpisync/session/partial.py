@@ -9,9 +9,10 @@ from types import TracebackType
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.aggregation.joining import Place
+from mpisync.aggregation.closed_step import ClosedStep
+from mpisync.aggregation.errors import PeerFailed
+from mpisync.aggregation.participant import Participant
 from mpisync.aggregation.root import Root
-from mpisync.aggregation.steps import ClosedStep, PeerFailed
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of
@@ -19,7 +20,7 @@ from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.ends import check_communicator, chosen_policy, leave_root, leave_worker, problem_of
 from mpisync.transport.layout import Layout
-from mpisync.transport.rendezvous import Claim, check_launcher
+from mpisync.transport.rendezvous import Proposal, check_launcher
 
 
 class ReducedStep:
@@ -123,7 +124,7 @@ class PartialReduce:
             problem = problem or problem_of(lambda: self._check(parameters, "the parameters"))
         layout = Layout.of([(self._dtype.name, like.size)])
         content = json.dumps({"dtype": self._dtype.name, "shape": list(like.shape), "policy": str(policy)})
-        self._place = Place(comm, Claim(content, problem), _differ, layout, layout, policy)
+        self._place = Participant(comm, Proposal(content, problem), _differ, layout, layout, policy)
         self.is_root = self._place.is_root
         self._root: Root | None = None
         self._worker: Worker | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mpisync.aggregation.late import Carry, Discard, Requeue, Retry
-from mpisync.aggregation.pool import Lot, Pool, Script
+from mpisync.aggregation.late_work import Carry, Discard, Requeue, Retry
+from mpisync.aggregation.sample_pool import BatchId, ReplayedPool, SamplePool
 from mpisync.data.batches import batches_an_epoch
 from mpisync.policies import Policy, Replay
 from mpisync.session.extent import Extent
@@ -19,11 +19,11 @@ def late_work(on_late: str, limit: int) -> Discard:
     return {"discard": Discard, "carry": Carry, "requeue": Requeue}[on_late]()
 
 
-def pool_of(loader: Iterable[Any], extent: Extent, policy: Policy, workers: int) -> Pool:
+def pool_of(loader: Iterable[Any], extent: Extent, policy: Policy, workers: int) -> SamplePool:
     """Return the pool of a loader's batches; under a replay, what its record says of them."""
     batches = batches_an_epoch(loader)
     if isinstance(policy, Replay):
         recorded = policy.lots(workers)
-        return Script(batches, [[[Lot(*lot) for lot in lots] for lots in own] for own in recorded])
+        return ReplayedPool(batches, [[[BatchId(*lot) for lot in lots] for lots in own] for own in recorded])
     state = None if extent.resume is None else extent.resume["pool"]
-    return Pool(batches, extent.epochs, state)
+    return SamplePool(batches, extent.epochs, state)

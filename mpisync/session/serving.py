@@ -12,9 +12,9 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpisync.aggregation.late import Requeue
+from mpisync.aggregation.closed_step import ClosedStep
+from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.members import Account
-from mpisync.aggregation.steps import ClosedStep
 from mpisync.model.flat import FlatModel
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Update

@@ -201,7 +201,7 @@ class WorkerLink(abc.ABC):
         """Whether `version` is known to be superseded; costs one memory read where it can."""
 
     @abc.abstractmethod
-    def must_ask(self) -> bool:
+    def has_unsent_version(self) -> bool:
         """Whether there is a newer version that comes only to a worker that asks for it."""
 
     @abc.abstractmethod

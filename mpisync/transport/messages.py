@@ -18,7 +18,7 @@ from mpi4py import MPI
 from mpisync.transport import communicators
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.layout import BLOCK_BYTES, Block, Layout, aligned_bytes
-from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Say, Tag
+from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, ReplyKind, Tag
 
 INLINE_BYTES = 16 << 10
 WINDOW = 4  # blocks in flight per worker and direction
@@ -104,12 +104,12 @@ class MessageRootLink(RootLink):
         layout: Layout,
         published: Layout,
         *,
-        keeps_old: bool,
+        finish_old_versions: bool,
     ) -> None:
         self.layout, self.published = layout, published
         self._inline = inline_bytes(layout)
         super().__init__(comm, workers, incarnation)
-        self._keeps_old = keeps_old  # a version is sent to its end even when there is a newer one
+        self._finish_old_versions = finish_old_versions  # a version is sent to its end even when there is a newer one
         self._pool = BlockPool(GRADIENTS * len(layout.blocks))
         self._sizes = [layout.block_bytes(block) for block in layout.blocks]
         self._places = {block: i for i, block in enumerate(layout.blocks)}
@@ -164,7 +164,7 @@ class MessageRootLink(RootLink):
             request = self.comm.Irecv([buffer, MPI.BYTE], incoming.worker, Tag.GRADIENT_BLOCK)
             incoming.receives.append((request, incoming.blocks[index]))
         self._say(
-            incoming.worker, Reply(self.incarnation, Say.WANT, first=incoming.asked, blocks=count)
+            incoming.worker, Reply(self.incarnation, ReplyKind.WANT, first=incoming.asked, blocks=count)
         )
         incoming.asked += count
 
@@ -246,11 +246,11 @@ class MessageRootLink(RootLink):
         """Remember what to send; workers still computing hear once that they are behind."""
         self._version, self._parameters, self._snapshot = version, parameters, []
         for worker, outgoing in self._outgoing.items():
-            if outgoing.snapshot and not self._keeps_old:
+            if outgoing.snapshot and not self._finish_old_versions:
                 self.serve(worker)  # from the start: the version under way could only be late
             elif worker in self._open and not outgoing.is_told:
                 outgoing.is_told = True
-                self._say(worker, Reply(self.incarnation, Say.BEHIND, newest=version))
+                self._say(worker, Reply(self.incarnation, ReplyKind.BEHIND, newest=version))
 
     def serve(self, worker: int) -> None:
         """Send the newest version, from a snapshot that lasts as long as its sends."""
@@ -271,20 +271,20 @@ class MessageRootLink(RootLink):
         while outgoing.snapshot and len(outgoing.sends) < WINDOW:
             index, block = outgoing.next, outgoing.snapshot[outgoing.next]
             self._say(
-                worker, Reply(self.incarnation, Say.BLOCK, newest=outgoing.version, first=index)
+                worker, Reply(self.incarnation, ReplyKind.BLOCK, newest=outgoing.version, first=index)
             )
             request = self.comm.Isend([block, MPI.BYTE], dest=worker, tag=Tag.PARAMETER_BLOCK)
             outgoing.sends.append((request, block))
             outgoing.next += 1
             if outgoing.next == len(outgoing.snapshot):
-                self._say(worker, Reply(self.incarnation, Say.PUBLISHED, newest=outgoing.version))
+                self._say(worker, Reply(self.incarnation, ReplyKind.PUBLISHED, newest=outgoing.version))
                 outgoing.snapshot = []
 
     def end(self, end: End) -> None:
         """Tell everyone."""
         for worker in self._open:
             self._say(
-                worker, Reply(self.incarnation, Say.END, newest=end.version, text=end.failure)
+                worker, Reply(self.incarnation, ReplyKind.END, newest=end.version, text=end.failure)
             )
 
     def flush(self) -> None:
@@ -299,7 +299,7 @@ class MessageRootLink(RootLink):
 
     def wait(self, timeout_s: float, headers: int = 1) -> None:
         """Sleep a little, longer while nothing comes."""
-        self._idle_s = doze(self._idle_s, timeout_s, self.busy)
+        self._idle_s = backoff(self._idle_s, timeout_s, self.busy)
 
     def close(self) -> None:
         """Withdraw what no one will answer; large sends to a hung worker stay with MPI."""
@@ -330,7 +330,7 @@ class MessageWorkerLink(WorkerLink):
         self._sends: deque[tuple[MPI.Request, object]] = deque()
         self._receives: deque[MPI.Request] = deque()
         self._replies: dict[int, Reply] = {}
-        self._newest, self._coming, self._rumoured = -1, -1, -1
+        self._newest, self._coming, self._announced_version = -1, -1, -1
         self._end: End | None = None
         self._idle_s = _SHORTEST_S
         self._inbox = bytearray(REPLY_BYTES)
@@ -364,24 +364,24 @@ class MessageWorkerLink(WorkerLink):
     def _hear(self, reply: Reply) -> None:
         if reply.incarnation != self._incarnation:
             raise RuntimeError(f"a reply of another run arrived: {reply}")
-        if reply.say == Say.VERDICT:
+        if reply.say == ReplyKind.VERDICT:
             self._replies[reply.ordinal] = reply
-        elif reply.say == Say.WANT:
+        elif reply.say == ReplyKind.WANT:
             for block in self._blocks[reply.first : reply.first + reply.blocks]:
                 request = self._comm.Isend(
                     [block.view(np.uint8), MPI.BYTE], dest=self._root, tag=Tag.GRADIENT_BLOCK
                 )
                 self._sends.append((request, block))
-        elif reply.say == Say.BLOCK:
+        elif reply.say == ReplyKind.BLOCK:
             target = self._targets[reply.first]
             self._receives.append(
                 self._comm.Irecv([target, MPI.BYTE], source=self._root, tag=Tag.PARAMETER_BLOCK)
             )
             self._newest = self._coming = -1
-        elif reply.say == Say.PUBLISHED:
+        elif reply.say == ReplyKind.PUBLISHED:
             self._coming = reply.newest
-        elif reply.say == Say.BEHIND:
-            self._rumoured = reply.newest
+        elif reply.say == ReplyKind.BEHIND:
+            self._announced_version = reply.newest
         else:
             self._end = End(reply.newest, reply.text)
 
@@ -398,12 +398,12 @@ class MessageWorkerLink(WorkerLink):
     def is_behind(self, version: int) -> bool:
         """Whether the root has said that there is a newer one."""
         self._poll()
-        return self._end is not None or self._rumoured > version
+        return self._end is not None or self._announced_version > version
 
-    def must_ask(self) -> bool:
+    def has_unsent_version(self) -> bool:
         """Whether the root has said that there is a newer one than it has sent."""
         self._poll()
-        return self._rumoured > max(self._newest, self._coming)
+        return self._announced_version > max(self._newest, self._coming)
 
     def read(self, target: np.ndarray) -> int:
         """Copy what was received."""
@@ -419,7 +419,7 @@ class MessageWorkerLink(WorkerLink):
 
     def wait(self, timeout_s: float) -> None:
         """Sleep a little, longer while nothing comes."""
-        self._idle_s = doze(self._idle_s, timeout_s, bool(self._sends or self._receives))
+        self._idle_s = backoff(self._idle_s, timeout_s, bool(self._sends or self._receives))
 
     def close(self) -> None:
         """Complete the sends; the root receives them all, wanted or not."""
@@ -432,7 +432,7 @@ class MessageWorkerLink(WorkerLink):
         communicators.give_back(self._comm)
 
 
-def doze(idle_s: float, timeout_s: float, busy: bool) -> float:
+def backoff(idle_s: float, timeout_s: float, busy: bool) -> float:
     """Sleep `idle_s`, and return how long to sleep next time: longer, and short while `busy`.
 
     The longest sleeps come only after about 50 ms, of which they are a small part.

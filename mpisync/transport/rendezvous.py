@@ -31,7 +31,7 @@ from mpisync.transport.shared_memory import SharedMemory
 
 
 @dataclass(frozen=True)
-class Claim:
+class Proposal:
     """What a rank brings to the meeting: everyone's must agree, and none may have a problem."""
 
     content: str  # compared with the root's by `differ`
@@ -60,7 +60,7 @@ class Meeting:
 
 
 def meet(
-    comm: MPI.Intracomm, claim: Claim, differ: Callable[[str, str], str | None]
+    comm: MPI.Intracomm, claim: Proposal, differ: Callable[[str, str], str | None]
 ) -> Meeting:
     """Bring all ranks of `comm` together; the last one is the root.
 
@@ -286,7 +286,7 @@ def root_links(
     if far:
         links.append(
             MessageRootLink(
-                meeting.comm, far, meeting.incarnation, layout, published, keeps_old=buffers > 1
+                meeting.comm, far, meeting.incarnation, layout, published, finish_old_versions=buffers > 1
             )
         )
     return links

@@ -287,7 +287,7 @@ class SharedWorkerLink(WorkerLink):
             return load_acquire(self._board.words, _SEQUENCES) != 2 * version
         return load_acquire(self._board.words, _NEWEST) > version
 
-    def must_ask(self) -> bool:
+    def has_unsent_version(self) -> bool:
         """The board is open to all."""
         return False
 

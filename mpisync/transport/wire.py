@@ -35,7 +35,7 @@ class Kind(enum.IntEnum):
     BYE = 5  # the last message of a worker: it has the final parameters
 
 
-class Say(enum.IntEnum):
+class ReplyKind(enum.IntEnum):
     """What the root says in a reply."""
 
     VERDICT = 1

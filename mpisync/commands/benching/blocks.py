@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.aggregation.joining import Place
+from mpisync.aggregation.participant import Participant
 from mpisync.commands.benching import marks
 from mpisync.commands.benching.cluster import Cluster
 from mpisync.commands.benching.marks import Gradient, Push
@@ -22,7 +22,7 @@ from mpisync.kernels.dtypes import DTYPES
 from mpisync.policies import BackupWorkers
 from mpisync.session.ends import leave_root, leave_worker
 from mpisync.transport.layout import Layout, SgdSpan
-from mpisync.transport.rendezvous import Claim
+from mpisync.transport.rendezvous import Proposal
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def ours(
     """
     layout, workers = Layout.of([("float32", elements)]), comm.size - 1
     own = comm.Dup()
-    place = Place(own, Claim("", ""), lambda a, b: None, layout, layout, BackupWorkers(case.backup))
+    place = Participant(own, Proposal("", ""), lambda a, b: None, layout, layout, BackupWorkers(case.backup))
     mine: Any = None
     if place.is_root:
         mine = _serve(place, workers, least, play_s)
@@ -95,7 +95,7 @@ def ours(
     return Played(made_s, updates, gathered)
 
 
-def _serve(place: Place, workers: int, least: int, play_s: float) -> tuple[list[float], list[list[Gradient]]]:
+def _serve(place: Participant, workers: int, least: int, play_s: float) -> tuple[list[float], list[list[Gradient]]]:
     """Be the root."""
     root = place.root()
     parameters, last = place.layout.arrays(place.parameters)[0], marks.count(workers) - 1
@@ -119,7 +119,7 @@ def _serve(place: Place, workers: int, least: int, play_s: float) -> tuple[list[
     return made_s, [marks.averaged(mean, workers) for mean in means]
 
 
-def _work(place: Place, workers: int, sleep_s: float, *, checked: bool) -> list[Push]:
+def _work(place: Participant, workers: int, sleep_s: float, *, checked: bool) -> list[Push]:
     """Be a worker; what became of its gradients."""
     worker = place.worker()
     gradient, rank = place.layout.arrays(worker.link.gradient)[0], place.meeting.comm.rank

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.aggregation.joining import Place
+from mpisync.aggregation.participant import Participant
 from mpisync.policies import BackupWorkers
 from mpisync.session.ends import leave_root, leave_worker
 from mpisync.transport.layout import Layout, SgdSpan
-from mpisync.transport.rendezvous import Claim
+from mpisync.transport.rendezvous import Proposal
 
 LR = 0.125
 _STRIDE = 997  # of the elements looked at after every visit
@@ -133,7 +133,7 @@ class Ours(Contender):
         os.environ.setdefault("MPISYNC_STALL_REPORT_S", "3600")  # the others' turns are no stalls
         layout = Layout.of([("float32", size)])
         self._own = comm.Dup()  # two runs at a time must not share a communicator
-        place = Place(self._own, Claim("", ""), lambda a, b: None, layout, layout, BackupWorkers(0))
+        place = Participant(self._own, Proposal("", ""), lambda a, b: None, layout, layout, BackupWorkers(0))
         self._known = np.zeros(8, np.float32)
         self._check = Update(optimizer, self._known)
         if place.is_root:

@@ -9,16 +9,16 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync import settings
-from mpisync.aggregation.late import Discard
+from mpisync.aggregation.late_work import Discard
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.fold import Reducer, warm
 from mpisync.policies import Policy
 from mpisync.transport.layout import Layout, aligned_bytes
 from mpisync.transport.rendezvous import (
-    Claim,
     Meeting,
     Memories,
+    Proposal,
     meet,
     root_links,
     share,
@@ -30,7 +30,7 @@ _MOST_THREADS = 8  # memory bandwidth is spent by then
 _BUFFERS = 3  # of parameters, where a worker may still read an old version
 
 
-class Place:
+class Participant:
     """A rank's place. Collective: every rank of `comm` makes one with the same layouts.
 
     Args:
@@ -48,7 +48,7 @@ class Place:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        claim: Claim,
+        claim: Proposal,
         differ: Callable[[str, str], str | None],
         layout: Layout,
         published: Layout,

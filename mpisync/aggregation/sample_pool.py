@@ -16,14 +16,14 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 
-class Lot(NamedTuple):
+class BatchId(NamedTuple):
     """One batch: which of which epoch's order."""
 
     epoch: int
     batch: int
 
 
-class Pool:
+class SamplePool:
     """Deals the batches of epoch after epoch.
 
     Args:
@@ -32,7 +32,7 @@ class Pool:
         state: What `state` returned, to go on from there.
 
     Example:
-        >>> pool = Pool(batches=2, epochs=1)
+        >>> pool = SamplePool(batches=2, epochs=1)
         >>> first, second = pool.claim(0), pool.claim(1)
         >>> pool.give_back(1, pool.take(1, 1))  # it came too late
         >>> pool.use(pool.take(0, 1))
@@ -42,19 +42,19 @@ class Pool:
 
     def __init__(self, batches: int, epochs: int | None = None, state: dict[str, Any] | None = None) -> None:
         self.batches, self._epochs = batches, epochs
-        self._fresh = Lot(0, 0)
-        self._returned: list[Lot] = []
+        self._fresh = BatchId(0, 0)
+        self._returned: list[BatchId] = []
         if state is not None:
             if state["batches"] != batches:
                 raise ValueError(
                     f"the run to go on with had {state['batches']} batches an epoch and this one has {batches}: its "
                     "place in the data means nothing with other data or another batch size"
                 )
-            self._fresh = Lot(*state["fresh"])
-            self._returned = sorted(Lot(*lot) for lot in state["returned"])
-        self._out: dict[Lot, set[int]] = {}  # who holds it, in order of first claims
-        self._held: dict[int, deque[Lot]] = {}  # by each worker, in order of its claims; used ones too
-        self._open: set[Lot] = set()  # used by a step that is not published yet
+            self._fresh = BatchId(*state["fresh"])
+            self._returned = sorted(BatchId(*lot) for lot in state["returned"])
+        self._out: dict[BatchId, set[int]] = {}  # who holds it, in order of first claims
+        self._held: dict[int, deque[BatchId]] = {}  # by each worker, in order of its claims; used ones too
+        self._open: set[BatchId] = set()  # used by a step that is not published yet
 
     @property
     def remaining(self) -> int | None:
@@ -64,7 +64,7 @@ class Pool:
         fresh = (self._epochs - self._fresh.epoch) * self.batches - self._fresh.batch
         return max(fresh, 0) + len(self._returned) + len(self._out)
 
-    def claim(self, worker: int, behind: Iterable[int] = ()) -> Lot | None:
+    def claim(self, worker: int, behind: Iterable[int] = ()) -> BatchId | None:
         """Give a worker the next lot; None where there is none that it could use.
 
         Args:
@@ -77,7 +77,7 @@ class Pool:
         if lot is None and (self._epochs is None or self._fresh.epoch < self._epochs):
             lot = self._fresh
             is_last = lot.batch + 1 == self.batches
-            self._fresh = Lot(lot.epoch + 1, 0) if is_last else Lot(lot.epoch, lot.batch + 1)
+            self._fresh = BatchId(lot.epoch + 1, 0) if is_last else BatchId(lot.epoch, lot.batch + 1)
         if lot is None:
             others = [(len(holders), lot) for lot, holders in self._out.items() if worker not in holders]
             lot = min(others)[1] if others else None
@@ -86,7 +86,7 @@ class Pool:
             self._held.setdefault(worker, deque()).append(lot)
         return lot
 
-    def _late_for_sure(self, worker: int, behind: Iterable[int]) -> Lot | None:
+    def _late_for_sure(self, worker: int, behind: Iterable[int]) -> BatchId | None:
         """The lot that such a worker computes on, unless another has it already."""
         for other in behind:
             lot = next((lot for lot in self._held.get(other, ()) if lot in self._out), None)
@@ -94,32 +94,32 @@ class Pool:
                 return lot
         return None
 
-    def take(self, worker: int, count: int) -> list[Lot]:
+    def take(self, worker: int, count: int) -> list[BatchId]:
         """Take the first `count` lots from a worker's hands: it has computed on them, or passed them over."""
         held = self._held.get(worker, deque())
         return [held.popleft() for _ in range(min(count, len(held)))]
 
-    def is_used(self, lots: Iterable[Lot]) -> bool:
+    def is_used(self, lots: Iterable[BatchId]) -> bool:
         """Whether any of these, which were out, is used meanwhile."""
         return any(lot not in self._out for lot in lots)
 
-    def use(self, lots: Iterable[Lot]) -> None:
+    def use(self, lots: Iterable[BatchId]) -> None:
         """They count: nobody else's copy of them will."""
         for lot in lots:
             self._out.pop(lot, None)
             self._open.add(lot)
 
-    def settle(self, lots: Iterable[Lot]) -> None:
+    def settle(self, lots: Iterable[BatchId]) -> None:
         """The step that used them is published."""
         self._open.difference_update(lots)
 
-    def restore(self, lots: Iterable[Lot]) -> None:
+    def restore(self, lots: Iterable[BatchId]) -> None:
         """Used lots did not count after all."""
         for lot in lots:
             self._open.discard(lot)
             heapq.heappush(self._returned, lot)
 
-    def give_back(self, worker: int, lots: Iterable[Lot]) -> None:
+    def give_back(self, worker: int, lots: Iterable[BatchId]) -> None:
         """They did not count: others may claim them, if they have not done so."""
         for lot in lots:
             holders = self._out.get(lot, set())
@@ -128,7 +128,7 @@ class Pool:
                 del self._out[lot]
                 heapq.heappush(self._returned, lot)
 
-    def give_up(self, worker: int, lots: Collection[Lot]) -> None:
+    def give_up(self, worker: int, lots: Collection[BatchId]) -> None:
         """They will never count, unless somebody else holds them too."""
         self.give_back(worker, lots)
         self._returned = [lot for lot in self._returned if lot not in lots]
@@ -145,29 +145,29 @@ class Pool:
         return {"batches": self.batches, "fresh": list(self._fresh), "returned": [list(lot) for lot in left]}
 
 
-class Script(Pool):
+class ReplayedPool(SamplePool):
     """Deals what a record says, so that its replay computes on the same batches.
 
     Args:
         lots: Those of each worker's gradients, in order.
 
     Example:
-        >>> script = Script(2, [[[Lot(0, 1)]], []])
+        >>> script = ReplayedPool(2, [[[BatchId(0, 1)]], []])
         >>> script.claim(0), script.claim(0)
-        (Lot(epoch=0, batch=1), None)
+        (BatchId(epoch=0, batch=1), None)
     """
 
-    def __init__(self, batches: int, lots: Sequence[Sequence[Sequence[Lot]]]) -> None:
+    def __init__(self, batches: int, lots: Sequence[Sequence[Sequence[BatchId]]]) -> None:
         super().__init__(batches)
         self._due = [deque(lot for gradient in own for lot in gradient) for own in lots]
         self._gradients = [deque(map(list, own)) for own in lots]
 
-    def claim(self, worker: int, behind: Iterable[int] = ()) -> Lot | None:
+    def claim(self, worker: int, behind: Iterable[int] = ()) -> BatchId | None:
         """Give a worker the lot that it had in the recorded run."""
         own = self._due[worker]
         return own.popleft() if own else None
 
-    def take(self, worker: int, count: int) -> list[Lot]:
+    def take(self, worker: int, count: int) -> list[BatchId]:
         """What the worker's next gradient was computed from.
 
         Raises:
@@ -182,7 +182,7 @@ class Script(Pool):
             )
         return lots
 
-    def is_used(self, lots: Iterable[Lot]) -> bool:
+    def is_used(self, lots: Iterable[BatchId]) -> bool:
         """The record's verdicts are the replay's."""
         return False
 

@@ -8,33 +8,17 @@ from functools import cached_property
 
 import numpy as np
 
-from mpisync.aggregation.late import Work
 from mpisync.aggregation.members import Member
-from mpisync.aggregation.sums import Sums
+from mpisync.aggregation.running_sum import Sums
+from mpisync.aggregation.work import Work
 from mpisync.policies import Arrival
 from mpisync.records import StepRecord
 from mpisync.transport.layout import SgdSpan
 from mpisync.transport.wire import Header
 
 
-class PeerFailed(RuntimeError):
-    """An exception on another rank ended the training.
-
-    Where it began, that exception is raised itself, with its traceback; the others say whose it was.
-
-    Example:
-        >>> try:  # session.step, session.batches, reduction.push, ...
-        ...     raise PeerFailed("worker 2 failed: ZeroDivisionError: division by zero")
-        ... except RuntimeError as error:
-        ...     print(error)
-        worker 2 failed: ZeroDivisionError: division by zero
-    """
-
-    is_echo = True  # the traceback of the rank where it began says more than one from here
-
-
 @dataclass(frozen=True)
-class Taken:
+class AcceptedGradient:
     """An accepted gradient of the open step."""
 
     member: Member

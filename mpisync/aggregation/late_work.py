@@ -17,40 +17,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mpisync.aggregation.members import Account, Fate, Member, Outcome
-from mpisync.aggregation.pool import Lot, Pool
+from mpisync.aggregation.sample_pool import BatchId, SamplePool
+from mpisync.aggregation.work import Part, Work
 from mpisync.transport.wire import Header
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples of one computation."""
-
-    sequence: int
-    samples: int
-    batches: int
-    cost: float  # of a batch, as the loop says; NaN where it does not
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a gradient was computed from."""
-
-    parts: Sequence[Part]  # its own last; before it those of the late gradients that are added in
-    lots: Sequence[Lot] = ()
-
-    @property
-    def own(self) -> Part:
-        """Its own computation."""
-        return self.parts[-1]
-
-    @property
-    def carried(self) -> list[int]:
-        """Sequences of the late gradients that are added in."""
-        return [part.sequence for part in self.parts[:-1]]
 
 
 class Discard:
@@ -70,7 +42,7 @@ class Discard:
         """How many gradients there are samples for at most; None where there is no end to them."""
         return None
 
-    def claim(self, member: Member, behind: Sequence[int], batches: int) -> Lot | None:
+    def claim(self, member: Member, behind: Sequence[int], batches: int) -> BatchId | None:
         """Give a worker, whose loader makes so many batches an epoch, its next one."""
         raise RuntimeError(f"worker {member.worker} claims a batch, but there is no pool: the protocol is broken")
 
@@ -191,10 +163,10 @@ class Requeue(Discard):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool: Pool | None = None
+        self.pool: SamplePool | None = None
 
     @property
-    def _lots(self) -> Pool:
+    def _lots(self) -> SamplePool:
         if self.pool is None:
             raise RuntimeError("batches were claimed before the root's loop had begun: the protocol is broken")
         return self.pool
@@ -204,7 +176,7 @@ class Requeue(Discard):
         """How many lots are not used."""
         return None if self.pool is None else self.pool.remaining
 
-    def claim(self, member: Member, behind: Sequence[int], batches: int) -> Lot | None:
+    def claim(self, member: Member, behind: Sequence[int], batches: int) -> BatchId | None:
         """Deal a lot; none where the root has not come to its loop, which is the end."""
         if self.pool is None or not self.goes_on:
             return None

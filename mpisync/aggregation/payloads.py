@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from mpisync.aggregation.members import Member, State
 
 
-class Asking:
+class PayloadQueue:
     """Asks, and remembers whom it has still to ask.
 
     Args:

@@ -1,0 +1,36 @@
+"""What a gradient was computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpisync.aggregation.sample_pool import BatchId
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of one computation."""
+
+    sequence: int
+    samples: int
+    batches: int
+    cost: float  # of a batch, as the loop says; NaN where it does not
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a gradient was computed from."""
+
+    parts: Sequence[Part]  # its own last; before it those of the late gradients that are added in
+    lots: Sequence[BatchId] = ()
+
+    @property
+    def own(self) -> Part:
+        """Its own computation."""
+        return self.parts[-1]
+
+    @property
+    def carried(self) -> list[int]:
+        """Sequences of the late gradients that are added in."""
+        return [part.sequence for part in self.parts[:-1]]
