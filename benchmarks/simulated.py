@@ -28,7 +28,7 @@ from mpisync.planning.costs import Costs
 from mpisync.planning.simulation import simulate
 from mpisync.policies import BackupWorkers, Policy, Replay, parse_policy
 from mpisync.records import StepRecord
-from mpisync.session.partial import PartialReduce
+from mpisync.session.partial_reduce import PartialReduce
 
 POLICIES = (
     "backup:0", "backup:1", "backup:2", "deadline:{2x}", "deadline:{x},at_least=3,grace={x/4}", "deadline:{2x},mads=4",

@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 from mpisync.commands.benching.measuring import COLUMNS, gloo, machine, meet, report, summary, table, versions
 from mpisync.policies import BackupWorkers
-from mpisync.session.partial import PartialReduce
+from mpisync.session.partial_reduce import PartialReduce
 
 
 def options() -> argparse.Namespace:

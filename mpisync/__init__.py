@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
     from mpisync.policies import Deadline as Deadline
     from mpisync.policies import Replay as Replay
     from mpisync.records import StepRecord as StepRecord
-    from mpisync.session.partial import PartialReduce as PartialReduce
+    from mpisync.session.partial_reduce import PartialReduce as PartialReduce
     from mpisync.session.session import Session as Session
 
 # An exception on one rank, before any session, must not leave the others waiting for it: the one
@@ -31,7 +31,7 @@ _HOMES: dict[str, str] = {
     "Async": "mpisync.policies",
     "BackupWorkers": "mpisync.policies",
     "Deadline": "mpisync.policies",
-    "PartialReduce": "mpisync.session.partial",
+    "PartialReduce": "mpisync.session.partial_reduce",
     "PeerFailed": "mpisync.aggregation.errors",
     "Replay": "mpisync.policies",
     "Session": "mpisync.session.session",

@@ -21,7 +21,7 @@ PAGES = sorted(DOCS.glob("*.rst"))
 PLANNING = "laws composite empirical forms theory bounds simulation costs calibration learning scale".split()
 MODULES = ["mpisync", "mpisync.policies", "mpisync.records", *(f"mpisync.planning.{name}" for name in PLANNING)]
 # The examples of mpisync.policies, mpisync.records and mpisync.planning are run by the tests of those.
-ALSO = ["aggregation.errors", "aggregation.verdict", "session.partial", "session.progress", "session.session"]
+ALSO = ["aggregation.errors", "aggregation.verdict", "session.partial_reduce", "session.progress", "session.session"]
 PUBLIC = [
     (module, name)
     for module in MODULES

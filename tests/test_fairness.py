@@ -10,7 +10,7 @@ import pytest
 from scripted import ScriptedWorker, World
 
 from mpisync.policies import BackupWorkers
-from mpisync.session.partial import PartialReduce
+from mpisync.session.partial_reduce import PartialReduce
 from mpisync.transport.wire import Status
 
 WORKERS = 5

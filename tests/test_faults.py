@@ -15,7 +15,7 @@ import os, signal, sys, time
 import numpy as np
 from mpi4py import MPI
 from mpisync.policies import BackupWorkers
-from mpisync.session.partial import PartialReduce
+from mpisync.session.partial_reduce import PartialReduce
 comm = MPI.COMM_WORLD
 rank, root = comm.rank, comm.size - 1
 theta = np.zeros(1000, np.float32)
@@ -194,7 +194,7 @@ from mpi4py import MPI
 import sys, time
 import numpy as np
 from mpisync.policies import BackupWorkers
-from mpisync.session.partial import PartialReduce
+from mpisync.session.partial_reduce import PartialReduce
 world = MPI.COMM_WORLD
 comm = world.Split(world.rank % 2, world.rank)
 if world.rank % 2 == 0:

@@ -12,8 +12,8 @@ from training import WORKERS, new_model, sgd, train
 
 import mpisync
 from mpisync.records import read_record
-from mpisync.session import described
-from mpisync.session.described import cores_of, optimizer_text
+from mpisync.session import run_info
+from mpisync.session.run_info import cores_of, optimizer_text
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def alone():
 
 
 def test_examples():
-    assert doctest.testmod(described).failed == 0
+    assert doctest.testmod(run_info).failed == 0
 
 
 def test_a_session_tells_what_it_takes_to_repeat_it(alone, tmp_path, monkeypatch):

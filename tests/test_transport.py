@@ -10,8 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
-from mpisync.session.ends import chosen_policy
-from mpisync.session.partial import PartialReduce
+from mpisync.session.options import chosen_policy
+from mpisync.session.partial_reduce import PartialReduce
 from mpisync.transport import communicators, shared
 from mpisync.transport import shared_memory as memory_module
 from mpisync.transport.shared_memory import Futex, SharedMemory

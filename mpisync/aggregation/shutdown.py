@@ -1,14 +1,24 @@
-"""The end of the training as the root sees it: everyone gets the final parameters and says goodbye."""
+"""The end of the training: everyone gets the final parameters and says goodbye, or is seen to."""
 
 from __future__ import annotations
 
+import signal
+import sys
+from functools import partial
+
+from mpisync import ending, settings
 from mpisync.aggregation.answers import answer
+from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.root import Root
+from mpisync.aggregation.worker import Worker
 from mpisync.transport.wire import Header, Kind, Status
 
 ENDED = "the training has ended"
 _LOOK_S = 0.05
+_STOPPED_GRACE_S = 3.0  # for ranks that are stopped by a signal
+_FAILED_GRACE_S = 3.0  # for ranks that still compute when another has failed
+_GOODBYE_S = 5.0
 
 
 def farewell(
@@ -79,3 +89,48 @@ def _is_gone(root: Root, member: Member) -> bool:
 
 def _is_stopped(root: Root, member: Member) -> bool:
     return root.me.sees(member.peer) and member.peer.state() in ("T", "t")
+
+
+def failure_of(error: BaseException | None) -> str:
+    """What the other ranks are told about an exception; "" where it is no failure."""
+    if error is None or isinstance(error, GeneratorExit):
+        return ""
+    if isinstance(error, SystemExit):
+        return f"it exits with {error.code}" if error.code else ""
+    return f"{type(error).__name__}: {error}"
+
+
+def leave_root(root: Root, error: BaseException | None) -> None:
+    """End the training as the root, wait for the workers, and see to those that never come."""
+    failure = failure_of(error)
+    if failure and not isinstance(error, PeerFailed):
+        failure = f"the root, {root.me}, failed: {failure}"
+    failed = bool(failure)
+    grace_s = _FAILED_GRACE_S if failed else settings.seconds_of("MPISYNC_GRACE_S")
+    left = farewell(
+        root, grace_s=grace_s, stopped_grace_s=min(grace_s, _STOPPED_GRACE_S), failure=failure
+    )
+    for member in left:
+        peer = member.peer
+        print(
+            f"mpisync: {peer} did not come to the end of the training at version {root.version}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if root.me.sees(peer):
+            ending.kill_at_exit(peer.pid, str(peer), partial(peer.signal, signal.SIGKILL))
+    root.close()
+
+
+def leave_worker(worker: Worker, error: BaseException | None) -> bool:
+    """End this worker's part; whether it has the final parameters."""
+    has_final = False
+    try:
+        if error is None:
+            worker.finish()
+            has_final = True
+        elif failure := failure_of(error):
+            worker.fail(failure)
+    finally:  # also where another rank has failed meanwhile: else the root waits for this one
+        worker.say_goodbye(_GOODBYE_S)
+    return has_final

@@ -9,7 +9,7 @@ from mpisync.aggregation.late_work import Carry, Discard, Requeue, Retry
 from mpisync.aggregation.sample_pool import BatchId, ReplayedPool, SamplePool
 from mpisync.data.batches import batches_an_epoch
 from mpisync.policies import Policy, Replay
-from mpisync.session.extent import Extent
+from mpisync.session.loop import LoopOptions
 
 
 def late_work(on_late: str, limit: int) -> Discard:
@@ -19,7 +19,7 @@ def late_work(on_late: str, limit: int) -> Discard:
     return {"discard": Discard, "carry": Carry, "requeue": Requeue}[on_late]()
 
 
-def pool_of(loader: Iterable[Any], extent: Extent, policy: Policy, workers: int) -> SamplePool:
+def pool_of(loader: Iterable[Any], extent: LoopOptions, policy: Policy, workers: int) -> SamplePool:
     """Return the pool of a loader's batches; under a replay, what its record says of them."""
     batches = batches_an_epoch(loader)
     if isinstance(policy, Replay):

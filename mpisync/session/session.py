@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -17,34 +16,15 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.model.flat import FlatModel
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
-from mpisync.session.alone import Alone
-from mpisync.session.computing import Computing
-from mpisync.session.ended import Ended, averaged_state
-from mpisync.session.ends import check_communicator, chosen_policy
-from mpisync.session.extent import Extent
-from mpisync.session.serving import Serving
+from mpisync.session.loop import LoopOptions
+from mpisync.session.options import OnLate, Options, check_communicator, chosen_policy
+from mpisync.session.roles.ended import EndedRole, averaged_state
+from mpisync.session.roles.root import RootRole
+from mpisync.session.roles.single import SingleProcessRole
+from mpisync.session.roles.worker import WorkerRole
 from mpisync.transport.rendezvous import check_launcher
 
 _T = TypeVar("_T")
-OnLate = Literal["discard", "retry", "carry", "requeue"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the script asked for; see `Session`."""
-
-    policy: Policy
-    scheduler: Any | None
-    seed: int
-    weight: Literal["equal", "samples"]
-    clip_norm: float | None
-    ema: float | None
-    own_copy: bool
-    record: str | None
-    on_step: Callable[[StepRecord], object] | None
-    progress: bool
-    on_late: OnLate
-    late_limit: int
 
 
 class Session:
@@ -132,11 +112,11 @@ class Session:
         if late_limit < 1:
             raise ValueError(f"late_limit must be at least 1, not {late_limit}; on_late='discard' gives late work up")
         self._comm, self._model, self._optimizer = comm, model, optimizer
-        self._settings = Settings(
+        self._options = Options(
             chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
             on_step, progress, on_late, late_limit,
         )  # fmt: skip
-        self._role: Alone | Computing | Serving | Ended | None = None
+        self._role: SingleProcessRole | WorkerRole | RootRole | EndedRole | None = None
         self._has_batches = False
         self._evaluated = 0
         self.average: dict[str, Any] | None = None
@@ -144,10 +124,10 @@ class Session:
     def __enter__(self) -> Session:
         if self._comm.size == 1:
             check_launcher(self._comm)
-            self._role = Alone(self._model, self._optimizer, self._settings)
+            self._role = SingleProcessRole(self._model, self._optimizer, self._options)
         else:
-            role = Serving if self._comm.rank == self._comm.size - 1 else Computing
-            self._role = role(self._comm, self._model, self._optimizer, self._settings)
+            role = RootRole if self._comm.rank == self._comm.size - 1 else WorkerRole
+            self._role = role(self._comm, self._model, self._optimizer, self._options)
         return self
 
     def __exit__(
@@ -162,12 +142,12 @@ class Session:
             if role.averages is not None:
                 self.average = averaged_state(self._model, role.averages)
         finally:
-            self._role = Ended(
+            self._role = EndedRole(
                 role.worker, role.workers, role.version, role.makes_updates, role.averages, role.samples()
             )
 
     @property
-    def _active(self) -> Alone | Computing | Serving | Ended:
+    def _active(self) -> SingleProcessRole | WorkerRole | RootRole | EndedRole:
         if self._role is None:
             raise RuntimeError("the session has not begun: write `with Session(...) as session:`")
         return self._role
@@ -207,8 +187,8 @@ class Session:
                 "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
                 "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
             )
-        extent = Extent(steps, epochs, resume)
-        extent.check(self._settings.on_late, self._settings.seed)
+        extent = LoopOptions(steps, epochs, resume)
+        extent.check(self._options.on_late, self._options.seed)
         self._has_batches = True
         return self._active.batches(loader, extent)
 
@@ -270,7 +250,7 @@ class Session:
     def _copied(self, *, average: bool = False) -> tuple[nn.Module, int]:
         """Return a private copy of the model, and the version of its parameters."""
         plain = getattr(self._model, "_orig_mod", self._model)
-        if average and self._settings.ema is None:
+        if average and self._options.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
         twin: nn.Module = copy.deepcopy(plain)
         return twin, self._active.fill(FlatModel(twin), average=average)
@@ -298,10 +278,10 @@ class Session:
         state: dict[str, Any] = {"version": version, "model": twin.state_dict()}
         if self._active.makes_updates:
             state["optimizer"] = self._optimizer.state_dict()
-            if self._settings.scheduler is not None:
-                state["scheduler"] = self._settings.scheduler.state_dict()
+            if self._options.scheduler is not None:
+                state["scheduler"] = self._options.scheduler.state_dict()
             state["samples"] = {
-                "on_late": self._settings.on_late, "seed": self._settings.seed, **self._active.samples()
+                "on_late": self._options.on_late, "seed": self._options.seed, **self._active.samples()
             }  # fmt: skip
         return state
 

@@ -14,13 +14,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.commands.benching import marks
 from mpisync.commands.benching.cluster import Cluster
 from mpisync.commands.benching.marks import Gradient, Push
 from mpisync.commands.benching.measuring import meet
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.policies import BackupWorkers
-from mpisync.session.ends import leave_root, leave_worker
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
 

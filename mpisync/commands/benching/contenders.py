@@ -15,8 +15,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.policies import BackupWorkers
-from mpisync.session.ends import leave_root, leave_worker
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
 

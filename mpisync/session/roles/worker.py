@@ -6,14 +6,15 @@ import math
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
-from mpisync import settings as environment
+from mpisync import settings
+from mpisync.aggregation.shutdown import leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
@@ -22,17 +23,14 @@ from mpisync.model.flat import FlatModel
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.model.scheduler import Schedule
 from mpisync.model.write_fault import FaultNotice
-from mpisync.session.drawn import Basis, Drawn
-from mpisync.session.ended import Averages
-from mpisync.session.ends import leave_worker
-from mpisync.session.extent import Extent
-from mpisync.session.joint import Joint
-from mpisync.session.threads import torch_threads
+from mpisync.session.accumulation import AccumulatedBatches, Accumulation
+from mpisync.session.distributed_model import DistributedModel
+from mpisync.session.loop import LoopOptions
+from mpisync.session.options import Options
+from mpisync.session.roles.ended import Averages
+from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.shared import SharedWorkerLink
-
-if TYPE_CHECKING:
-    from mpisync.session.session import Settings
 
 _REMEDY = (
     "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
@@ -43,17 +41,17 @@ _REMEDY = (
 _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
-class Computing:
+class WorkerRole:
     """Draws batches, sends gradients and takes parameters."""
 
     makes_updates = False
 
     def __init__(
-        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
+        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
     ) -> None:
-        self._joint = Joint(comm, model, optimizer, settings, "")
+        self._joint = DistributedModel(comm, model, optimizer, options, "")
         self._place, self._flat = self._joint.place, self._joint.flat
-        self._seed = settings.seed
+        self._seed = options.seed
         self._worker = self._place.worker()
         self.worker, self.workers = comm.rank, comm.size - 1
         self._threads = torch_threads(self._place.meeting)
@@ -63,27 +61,27 @@ class Computing:
         self._presence = extras[: len(self._flat.parameters)]
         self._buffers = self._flat.buffers.views(extras[self._joint.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
-        needs_copy = settings.own_copy or (settings.on_late == "carry" and link.shares_parameters)
+        needs_copy = options.own_copy or (options.on_late == "carry" and link.shares_parameters)
         in_place = self._place.reads_in_place and not needs_copy
         self._memory = link.parameters if in_place else aligned_bytes(link.published.size_bytes)
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
         self._flat.bind(self._joint.parameters(self._memory))
-        self._schedule = Schedule(settings.scheduler, optimizer)
-        self._trap = forbid_steps(optimizer, settings.scheduler)
+        self._schedule = Schedule(options.scheduler, optimizer)
+        self._trap = forbid_steps(optimizer, options.scheduler)
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
-        self._notice = self._make_read_only(in_place) if environment.read("MPISYNC_READ_ONLY") else None
-        self._drawn = Drawn(self._flat.parameters)
-        self._on_late, self._late_limit = settings.on_late, settings.late_limit
+        self._notice = self._make_read_only(in_place) if settings.read("MPISYNC_READ_ONLY") else None
+        self._drawn = Accumulation(self._flat.parameters)
+        self._on_late, self._late_limit = options.on_late, options.late_limit
         self._again: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
-        if settings.on_late == "carry":
-            weighted = settings.weight == "samples"
-            self._carried = CarriedGradient(self._slot, self._presence, settings.late_limit, weighted=weighted)
+        if options.on_late == "carry":
+            weighted = options.weight == "samples"
+            self._carried = CarriedGradient(self._slot, self._presence, options.late_limit, weighted=weighted)
         self.averages: Averages | None = None  # each parameter with its average, at the end
-        self._has_average = settings.ema is not None
+        self._has_average = options.ema is not None
 
     def _make_read_only(self, in_place: bool) -> FaultNotice | None:
         """Have whoever writes to shared parameters stopped at the line, and explain it."""
@@ -104,7 +102,7 @@ class Computing:
         """Of the parameters that this worker has."""
         return self._worker.version
 
-    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
         """Yield batches until training ends, which is the root's to know."""
         data = self._data(loader, extent)
         self._writes.check()  # of own copies too: what was written before the first version is lost
@@ -124,7 +122,7 @@ class Computing:
         finally:
             data.close()
 
-    def _data(self, loader: Iterable[Any], extent: Extent) -> Batches | RetriedBatches:
+    def _data(self, loader: Iterable[Any], extent: LoopOptions) -> Batches | RetriedBatches:
         """This worker's batches, from where a resumed run left off."""
         self._worker.handed = extent.handed(self.worker, self.workers)
         batches = Batches(
@@ -140,7 +138,7 @@ class Computing:
         self._again = RetriedBatches(batches, self._late_limit, worker=self.worker, seed=self._seed)
         return self._again
 
-    def _pass_over(self, passed: Basis) -> None:
+    def _pass_over(self, passed: AccumulatedBatches) -> None:
         """The loop went on without a gradient: these batches come back if it was for being late."""
         is_late = self._worker.pass_over(samples=passed.samples, batches=passed.batches)
         if self._again is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from mpi4py import MPI
@@ -15,39 +15,37 @@ from torch.optim import Optimizer
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.members import Account
+from mpisync.aggregation.shutdown import failure_of, leave_root
 from mpisync.model.flat import FlatModel
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Update
 from mpisync.session.advice import advice_on
-from mpisync.session.described import cores_of, described
-from mpisync.session.ended import Averages
-from mpisync.session.ends import failure_of, leave_root
-from mpisync.session.extent import Extent
-from mpisync.session.joint import Joint
+from mpisync.session.distributed_model import DistributedModel
+from mpisync.session.loop import LoopOptions
+from mpisync.session.options import Options
 from mpisync.session.pooling import late_work, pool_of
-from mpisync.session.reports import Reports
-from mpisync.session.threads import torch_threads
+from mpisync.session.recorder import Recorder
+from mpisync.session.roles.ended import Averages
+from mpisync.session.run_info import cores_of, run_info
+from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.peers import peak_rss_bytes
 
-if TYPE_CHECKING:
-    from mpisync.session.session import Settings
 
-
-class Serving:
+class RootRole:
     """Turns closed steps into updates."""
 
     worker = None
     makes_updates = True
 
     def __init__(
-        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings
+        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
     ) -> None:
         reports, problem = None, ""
         try:
-            reports = Reports(settings)
+            reports = Recorder(options)
         except ValueError as error:
             problem = str(error)  # for every rank
-        self._joint = Joint(comm, model, optimizer, settings, problem)
+        self._joint = DistributedModel(comm, model, optimizer, options, problem)
         self._place, self._flat = self._joint.place, self._joint.flat
         self.workers = comm.size - 1
         self._threads = torch_threads(self._place.meeting)
@@ -60,33 +58,33 @@ class Serving:
         self._flat.buffers.pack(self._buffers)
         self._averages: tuple[Tensor, ...] = ()
         self.averages: Averages | None = None  # each parameter with its average, at the end
-        if settings.ema is not None:
+        if options.ema is not None:
             averages = self._joint.averages(memory)
             self._flat.store(averages)
             self._averages = averages.tensors
         self._update = Update(
             self._flat.parameters,
             optimizer,
-            settings.clip_norm,
-            settings.ema,
+            options.clip_norm,
+            options.ema,
             self._averages,
         )
-        self._schedule = Schedule(settings.scheduler, optimizer)
-        self._late = late_work(settings.on_late, settings.late_limit)
-        self._root = self._place.root(weighted=settings.weight == "samples", late=self._late)
+        self._schedule = Schedule(options.scheduler, optimizer)
+        self._late = late_work(options.on_late, options.late_limit)
+        self._root = self._place.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
         self._warned = self._has_served = False
-        assert reports is not None  # else Joint has raised the problem
+        assert reports is not None  # else DistributedModel has raised the problem
         self._reports = reports
         if advice := advice_on(optimizer):
             print(advice, file=sys.stderr, flush=True)
         peers = self._place.meeting.peers
         self._reports.header(
-            str(settings.policy),
+            str(options.policy),
             [peer.host for peer in peers[:-1]],
             transports=["messages" if m.link.in_pieces else "shared memory" for m in self._root.members],
             cores=cores_of(peers, peers[-1]),
-            **described(self._flat.parameters, optimizer, settings.scheduler),
+            **run_info(self._flat.parameters, optimizer, options.scheduler),
         )
 
     @property
@@ -94,7 +92,7 @@ class Serving:
         """How many updates the parameters have had."""
         return self._root.version
 
-    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
         self._has_served = True
         for member, account in zip(self._root.members, extent.accounts(self.workers), strict=False):

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from mpisync.transport.peers import Peer
 
 
-def described(parameters: Sequence[nn.Parameter], optimizer: Optimizer, scheduler: object) -> dict[str, Any]:
+def run_info(parameters: Sequence[nn.Parameter], optimizer: Optimizer, scheduler: object) -> dict[str, Any]:
     """Return what the rank that makes the updates knows of itself, as fields of a `RunHeader`."""
     counts: dict[str, int] = {}
     for parameter in parameters:

@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from mpisync.model.flat import FlatModel
-from mpisync.session.extent import Extent
+from mpisync.session.loop import LoopOptions
 
 Averages = Sequence[tuple[nn.Parameter, Tensor]]
 
 
-class Ended:
+class EndedRole:
     """What a rank was, and what it may still be asked.
 
     Args:
@@ -43,7 +43,7 @@ class Ended:
         """Every worker's account and place in the data, as they were at the end."""
         return self._samples
 
-    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
         """No batch follows."""
         raise RuntimeError("the session has ended: its loop belongs inside the `with`; make another session")
 

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from mpisync.aggregation.members import Account, Fate
 from mpisync.aggregation.root import REJECTIONS_PER_WORKER
 from mpisync.aggregation.sample_pool import BatchId, SamplePool
+from mpisync.aggregation.shutdown import failure_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.model.flat import FlatModel
@@ -26,48 +27,45 @@ from mpisync.model.update import Update
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.policies import BackupWorkers
 from mpisync.records import ArrivalRecord, StepRecord
-from mpisync.session.described import described
-from mpisync.session.drawn import Basis, Drawn
-from mpisync.session.ended import Averages
-from mpisync.session.ends import failure_of
-from mpisync.session.extent import Extent
+from mpisync.session.accumulation import AccumulatedBatches, Accumulation
+from mpisync.session.loop import LoopOptions
+from mpisync.session.options import Options
 from mpisync.session.pooling import pool_of
-from mpisync.session.reports import Reports
+from mpisync.session.recorder import Recorder
+from mpisync.session.roles.ended import Averages
+from mpisync.session.run_info import run_info
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.peers import peak_rss_bytes
 
-if TYPE_CHECKING:
-    from mpisync.session.session import Settings
 
-
-class Alone:
+class SingleProcessRole:
     """Trains in this process, which is worker 0 and makes the updates too."""
 
     worker = 0
     workers = 1
     makes_updates = True
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, options: Options) -> None:
         check_model_and_optimizer(model, optimizer)
-        check_scheduler(settings.scheduler, optimizer)
-        self._reports = Reports(settings)
+        check_scheduler(options.scheduler, optimizer)
+        self._reports = Recorder(options)
         print(
-            f"mpisync: one process trains alone, so the policy {settings.policy} is ignored; start "
+            f"mpisync: one process trains alone, so the policy {options.policy} is ignored; start "
             "it with `mpisync run -n 5 ...` or mpirun for workers and a root",
             file=sys.stderr,
             flush=True,
         )
         self.version = 0
-        self._settings, self._optimizer = settings, optimizer
+        self._options, self._optimizer = options, optimizer
         self._flat = FlatModel(model)
         self._averages = [p.detach().clone() for p in self._flat.parameters]
         self._update = Update(
-            self._flat.parameters, optimizer, settings.clip_norm, settings.ema, self._averages
+            self._flat.parameters, optimizer, options.clip_norm, options.ema, self._averages
         )
-        self._schedule = Schedule(settings.scheduler, optimizer)
+        self._schedule = Schedule(options.scheduler, optimizer)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
-        self._trap = forbid_steps(optimizer, settings.scheduler)
-        self._drawn = Drawn(self._flat.parameters)
+        self._trap = forbid_steps(optimizer, options.scheduler)
+        self._drawn = Accumulation(self._flat.parameters)
         self._stopped = False
         self._opened_s = self._began_s = time.monotonic()  # of the step, and of the computation
         self._arrivals: list[ArrivalRecord] = []  # of the open step
@@ -80,21 +78,21 @@ class Alone:
             str(BackupWorkers(0)),
             [socket.gethostname()],
             cores=len(os.sched_getaffinity(0)),
-            **described(self._flat.parameters, optimizer, settings.scheduler),
+            **run_info(self._flat.parameters, optimizer, options.scheduler),
         )
 
-    def batches(self, loader: Iterable[Any], extent: Extent) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
         """Yield batches until there were `steps` updates, or the pool is empty."""
         steps = extent.steps
         for account in extent.accounts(1):
             self._account = Account(**account)
-        if self._settings.on_late == "requeue":
+        if self._options.on_late == "requeue":
             self._pool = pool_of(loader, extent, BackupWorkers(0), 1)
         data = Batches(
             loader,
             worker=0,
             workers=1,
-            seed=self._settings.seed,
+            seed=self._options.seed,
             claim=None if self._pool is None else self._claim,
             start=extent.batches(0),
         )
@@ -121,7 +119,7 @@ class Alone:
         assert self._pool is not None
         return self._pool.claim(0)
 
-    def _settle(self, basis: Basis, fate: Fate) -> None:
+    def _settle(self, basis: AccumulatedBatches, fate: Fate) -> None:
         """Enter what became of a gradient's samples."""
         self._account.tally(fate, basis.samples)
         self._account.batches += basis.batches
@@ -153,7 +151,7 @@ class Alone:
             self._flat.buffers.pack(self._buffers)
             self.version += 1
             self._report(basis, came_s)
-            self._trap = forbid_steps(self._optimizer, self._settings.scheduler)
+            self._trap = forbid_steps(self._optimizer, self._options.scheduler)
         else:
             self._flat.buffers.load(self._buffers)  # it leaves no trace
             self._count_rejection()
@@ -162,7 +160,7 @@ class Alone:
         self._began_s = time.monotonic()
         return Verdict(step, finite, 0, self.version, reason, 0.0)
 
-    def _enter(self, basis: Basis, loss: float, cost: float, came_s: float, reason: str) -> None:
+    def _enter(self, basis: AccumulatedBatches, loss: float, cost: float, came_s: float, reason: str) -> None:
         """Enter the verdict on a gradient."""
         self._account.handed += basis.samples - basis.drawn
         self._account.judge("rejected" if reason else "accepted")
@@ -187,7 +185,7 @@ class Alone:
         )
         self._sequence += 1
 
-    def _report(self, basis: Basis, came_s: float) -> None:
+    def _report(self, basis: AccumulatedBatches, came_s: float) -> None:
         """Report the step that was closed by the newest gradient, and open the next."""
         now_s = time.monotonic()
         record = StepRecord(
@@ -233,7 +231,7 @@ class Alone:
     @property
     def averages(self) -> Averages | None:
         """Each parameter with its average."""
-        if self._settings.ema is None:
+        if self._options.ema is None:
             return None
         return list(zip(self._flat.parameters, self._averages, strict=True))
 

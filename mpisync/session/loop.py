@@ -10,7 +10,7 @@ _FIELDS = ("on_late", "seed", "accounts")
 
 
 @dataclass(frozen=True)
-class Extent:
+class LoopOptions:
     """What `Session.batches` was asked for.
 
     Attributes:

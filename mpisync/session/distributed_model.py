@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
@@ -16,16 +15,13 @@ from mpisync.model.scheduler import check_scheduler
 from mpisync.model.signature import difference
 from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizer
-from mpisync.session.ends import problem_of
-from mpisync.session.reports import check_replay
+from mpisync.session.options import Options, problem_of
+from mpisync.session.recorder import check_replay
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
 from mpisync.transport.rendezvous import Proposal, poll
 
-if TYPE_CHECKING:
-    from mpisync.session.session import Settings
 
-
-class Joint:
+class DistributedModel:
     """The model as it travels, and this rank's place in the run. Collective.
 
     A gradient's extras are a byte a parameter that says whether it had a gradient, then the module
@@ -34,37 +30,37 @@ class Joint:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, settings: Settings, problem: str
+        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options, problem: str
     ) -> None:
         problem = (
             problem
-            or problem_of(lambda: settings.policy.check(comm.size - 1))
-            or problem_of(lambda: check_replay(settings))
+            or problem_of(lambda: options.policy.check(comm.size - 1))
+            or problem_of(lambda: check_replay(options))
             or problem_of(lambda: check_model_and_optimizer(model, optimizer))
-            or problem_of(lambda: check_scheduler(settings.scheduler, optimizer))
+            or problem_of(lambda: check_scheduler(options.scheduler, optimizer))
             or problem_of(lambda: FlatModel(model))
         )
         if problem:  # meet() raises it on every rank
             empty = Layout.of([])
-            Participant(comm, Proposal("", problem), _differ, empty, empty, settings.policy)
+            Participant(comm, Proposal("", problem), _differ, empty, empty, options.policy)
         self.flat = FlatModel(model)
         self.presence_bytes = aligned(len(self.flat.parameters))
         self.segments = len(self.flat.segments)
         buffers_bytes = self.flat.buffers.size_bytes
         layout = Layout.of(self.flat.segments, self.presence_bytes + buffers_bytes)
-        copies = 1 if settings.ema is None else 2
+        copies = 1 if options.ema is None else 2
         published = Layout.of([*self.flat.segments] * copies, buffers_bytes)
         said = {
-            "policy": str(settings.policy),
-            "seed": settings.seed,
-            "weight": settings.weight,
-            "ema": settings.ema,
-            "own_copy": settings.own_copy,
-            "on_late": settings.on_late,
-            "late_limit": settings.late_limit,
+            "policy": str(options.policy),
+            "seed": options.seed,
+            "weight": options.weight,
+            "ema": options.ema,
+            "own_copy": options.own_copy,
+            "on_late": options.on_late,
+            "late_limit": options.late_limit,
         }
         content = json.dumps([said, self.flat.signature().decode()])
-        self.place = Participant(comm, Proposal(content), _differ, layout, published, settings.policy)
+        self.place = Participant(comm, Proposal(content), _differ, layout, published, options.policy)
         self._share_frozen()
 
     def _share_frozen(self) -> None:

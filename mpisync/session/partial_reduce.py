@@ -13,12 +13,13 @@ from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.participant import Participant
 from mpisync.aggregation.root import Root
+from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.dtypes import dtype_of
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
-from mpisync.session.ends import check_communicator, chosen_policy, leave_root, leave_worker, problem_of
+from mpisync.session.options import check_communicator, chosen_policy, problem_of
 from mpisync.transport.layout import Layout
 from mpisync.transport.rendezvous import Proposal, check_launcher
 

@@ -6,37 +6,35 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpisync.aggregation.members import Account
 from mpisync.policies import Replay
 from mpisync.records import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
+from mpisync.session.options import Options
 from mpisync.session.progress import Progress
-from mpisync.session.summary import summary
+from mpisync.session.sample_summary import summary
 from mpisync.version import __version__
 
-if TYPE_CHECKING:
-    from mpisync.session.session import Settings
 
-
-def _recorded(settings: Settings) -> dict[str, Any]:
+def _recorded(options: Options) -> dict[str, Any]:
     """What an update depends on, beside the model and the seed."""
     return {
-        "weight": settings.weight,
-        "clip_norm": settings.clip_norm,
-        "ema": settings.ema,
-        "on_late": settings.on_late,
-        "late_limit": settings.late_limit,
+        "weight": options.weight,
+        "clip_norm": options.clip_norm,
+        "ema": options.ema,
+        "on_late": options.on_late,
+        "late_limit": options.late_limit,
     }
 
 
-def check_replay(settings: Settings) -> None:
+def check_replay(options: Options) -> None:
     """Raise ValueError where a record is to be replayed under other settings than it was made."""
-    header = settings.policy.header if isinstance(settings.policy, Replay) else None
+    header = options.policy.header if isinstance(options.policy, Replay) else None
     if header is None:
         return
     recorded = {"seed": header.seed, **header.settings}
-    for name, here in {"seed": settings.seed, **_recorded(settings)}.items():
+    for name, here in {"seed": options.seed, **_recorded(options)}.items():
         if name in recorded and recorded[name] != here:
             raise ValueError(
                 f"the record was made with {name}={recorded[name]!r} and this session has {name}={here!r}: a replay "
@@ -44,22 +42,22 @@ def check_replay(settings: Settings) -> None:
             )
 
 
-class Reports:
-    """Reports of the rank that makes the updates.
+class Recorder:
+    """Recorder of the rank that makes the updates.
 
     Raises:
         ValueError: The record cannot be written.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, options: Options) -> None:
+        self._options = options
         self._hosts: list[str] = []
         self._progress: Progress | None = None
         self._header: RunHeader | None = None  # until it is written
         self._writer: RecordWriter | None = None
-        if settings.record is not None:
+        if options.record is not None:
             try:
-                self._writer = RecordWriter(settings.record)
+                self._writer = RecordWriter(options.record)
             except OSError as error:
                 raise ValueError(str(error)) from error
 
@@ -69,11 +67,11 @@ class Reports:
         self._header = RunHeader(
             policy=policy,
             workers=len(hosts),
-            seed=self._settings.seed,
+            seed=self._options.seed,
             started_unix_s=time.time(),
             version=__version__,
             hosts=self._hosts,
-            settings=_recorded(self._settings),
+            settings=_recorded(self._options),
             **about,
         )
 
@@ -86,7 +84,7 @@ class Reports:
     def begin(self, steps: int | None) -> None:
         """The loop begins; so many steps are to come."""
         self._write_header(steps)
-        if self._settings.progress:
+        if self._options.progress:
             self._progress = Progress(steps, self._hosts)
 
     def step(self, record: StepRecord) -> None:
@@ -95,8 +93,8 @@ class Reports:
             self._writer.step(record)
         if self._progress is not None:
             self._progress.step(record)
-        if self._settings.on_step is not None:
-            self._settings.on_step(record)
+        if self._options.on_step is not None:
+            self._options.on_step(record)
 
     def close(self) -> None:
         """No step follows."""

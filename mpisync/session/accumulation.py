@@ -14,7 +14,7 @@ from mpisync.data.retry import RetriedBatches
 _MANY_BATCHES = 100  # without a step: it seems to be forgotten
 
 
-class Basis(NamedTuple):
+class AccumulatedBatches(NamedTuple):
     """What a gradient was computed from."""
 
     samples: int  # that it is the mean of, as the loop says where it says so
@@ -23,7 +23,7 @@ class Basis(NamedTuple):
     batches: int
 
 
-class Drawn:
+class Accumulation:
     """The batches since the last step.
 
     As in torch, ``backward`` adds to the gradients that are there: a loop that goes on without `step` accumulates, and
@@ -62,15 +62,15 @@ class Drawn:
             )
         return self._batches > 0
 
-    def passed(self) -> Basis | None:
+    def passed(self) -> AccumulatedBatches | None:
         """What the loop passed over, now that it asks for the next batch; None where there is a gradient."""
         if not self._batches or self.has_gradient():
             return None
-        basis = Basis(self._samples, self._samples, self._data_s, self._batches)
+        basis = AccumulatedBatches(self._samples, self._samples, self._data_s, self._batches)
         self._forget()
         return basis
 
-    def take(self, samples: int | None, *, is_vain: Callable[[], bool] = bool) -> Basis:
+    def take(self, samples: int | None, *, is_vain: Callable[[], bool] = bool) -> AccumulatedBatches:
         """End a gradient: the next batch begins another.
 
         Args:
@@ -88,7 +88,7 @@ class Drawn:
                 "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"
             )
         own = self._samples if samples is None else samples
-        basis = Basis(own, self._samples, self._data_s, self._batches)
+        basis = AccumulatedBatches(own, self._samples, self._data_s, self._batches)
         if basis.samples < 1:
             raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")
         self._forget()

@@ -1,0 +1,64 @@
+"""What a script asks of a session, and the checks that both faces share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mpi4py import MPI
+
+from mpisync import settings
+from mpisync.policies import BackupWorkers, Policy, parse_policy
+from mpisync.records import StepRecord
+
+OnLate = Literal["discard", "retry", "carry", "requeue"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the script asked for; see `Session`."""
+
+    policy: Policy
+    scheduler: Any | None
+    seed: int
+    weight: Literal["equal", "samples"]
+    clip_norm: float | None
+    ema: float | None
+    own_copy: bool
+    record: str | None
+    on_step: Callable[[StepRecord], object] | None
+    progress: bool
+    on_late: OnLate
+    late_limit: int
+
+
+def chosen_policy(code: object) -> Policy:
+    """The policy that the environment names, else the one that the script gives.
+
+    Raises:
+        ValueError: The environment's is no policy.
+        TypeError: The script's is none.
+    """
+    if code is not None and not isinstance(code, Policy):
+        example = f"; for {code!r} write mpisync.policies.parse_policy({code!r})" if isinstance(code, str) else ""
+        raise TypeError(f"policy must be one of mpisync's, such as BackupWorkers(1), not {code!r}{example}")
+    named = settings.read("MPISYNC_POLICY")
+    if named is not None:
+        return parse_policy(str(named))
+    return BackupWorkers(0) if code is None else code
+
+
+def check_communicator(comm: object) -> None:
+    """Raise TypeError for what is no intracommunicator."""
+    if not isinstance(comm, MPI.Intracomm):
+        raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
+
+
+def problem_of(check: Callable[[], object]) -> str:
+    """The text of the error that `check` raises, for the other ranks; "" if it raises none."""
+    try:
+        check()
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return ""

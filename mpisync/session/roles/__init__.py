@@ -1,0 +1,1 @@
+"""What a rank is in a torch session: worker, root, both at once, or a rank whose session has ended."""
