@@ -86,24 +86,15 @@ class Network:
         wanted = self.wanted.get(arrival.worker)
         if wanted is None or wanted.sequence != arrival.sequence:
             return False
+        del self.wanted[arrival.worker]
         self._come[arrival.worker] = arrival.sequence
         return True
 
-    def recalled(self) -> list[Arrival]:
-        """Return what was announced and has no verdict; what is on its way stays wanted."""
-        come = [one for one in self.wanted.values() if self.is_whole(one)]
-        for arrival in come:
-            del self.wanted[arrival.worker]
-        known = sorted([*come, *self.wanted.values(), *self.queue], key=lambda arrival: arrival.at_s)
-        self.queue.clear()
-        return known
-
-    def keep(self, arrival: Arrival) -> None:
-        """Put back what was recalled and could not be judged."""
-        if self.is_whole(arrival):
-            self.wanted[arrival.worker] = arrival
-        elif arrival.worker not in self.wanted:
-            self.queue.append(arrival)
+    def drop(self, worker: int) -> None:
+        """Fetch a worker's gradient no more, if it is not whole."""
+        self.wanted.pop(worker, None)
+        if self.queue:
+            self.queue = deque(one for one in self.queue if one.worker != worker)
 
     # -- folding -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """A root and its workers in virtual time, under the very policy objects that drive a real root.
 
-The rules are those of `mpisync.policies.base`; what computing takes is given, and messages and the
-root's work cost what a model of them says (`Costs`). Nothing is drawn but the lots that break ties.
+The player that judges is a real root's too (`mpisync.policies.player`); what computing takes is given, and messages and
+the root's work cost what a model of them says (`Costs`). Nothing is drawn but the lots that break ties.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,8 @@ import numpy.typing as npt
 from mpisync.planning.costs import Costs
 from mpisync.planning.learning import Learner
 from mpisync.planning.network import Network
-from mpisync.policies import Arrival, Decision, OpenStep, Policy
+from mpisync.policies import Arrival, Policy
+from mpisync.policies.player import Player, Refusal
 from mpisync.records import ArrivalRecord, StepRecord
 
 __all__ = ["ComputeTimes", "Deadlock", "simulate"]
@@ -30,6 +30,7 @@ Delay = Callable[[int, int], float]
 ComputeTimes = npt.NDArray[np.float64] | Delay
 """Seconds of each computation, as an array (steps, workers) or as a function of (worker, sequence)."""
 Verdict = Literal["accepted", "late", "rejected"]
+_NOT_FINITE = Refusal("rejected")
 
 
 class Deadlock(RuntimeError):
@@ -86,9 +87,7 @@ def simulate(
         [2.0, 4.0]
     """
     count, delay = _delay(compute_s, workers, by_version=policy.staleness == 0)
-    policy.check(count)
-    lots = (lambda: 0.0) if seed is None else random.Random(seed).random
-    root = _Root(policy, delay, count, steps, costs or Costs(), learner, set(rejected), eager, lots)
+    root = _Root(policy, delay, count, steps, costs or Costs(), learner, set(rejected), eager, seed)
     for worker, at_s in (deaths or {}).items():
         root.later(at_s, root.die, worker)
     for worker in range(count):
@@ -120,7 +119,7 @@ def _delay(
 
 
 class _Root:
-    """The root's event loop."""
+    """The root's event loop, and the workers that it hears of; it keeps the gradients that its player judges."""
 
     def __init__(
         self,
@@ -132,158 +131,176 @@ class _Root:
         learner: Learner | None,
         rejected: set[tuple[int, int]],
         eager: bool,
-        lots: Callable[[], float],
+        seed: int | None,
     ) -> None:
-        self.policy, self.delay, self.costs, self.learner = policy, delay, costs, learner
-        self.rejected, self.eager, self.lots = rejected, eager, lots
-        self.steps = steps if policy.steps is None else min(steps, policy.steps)
-        self.network = Network(costs, workers)
-        self.now_s = 0.0
-        self.event_s = -1.0  # when the last event was
-        self.is_tie = False  # whether others are at the same time
-        self.tied: set[int] = set()  # workers whose gradients came at the same time as others
-        self.free_s = 0.0  # when the root has done what it does
-        self.idle_s = 0.0  # until when it last had nothing to do
-        self.is_closing = False
-        self.events: list[tuple[float, float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.order = itertools.count()
-        self.inbox: deque[Arrival] = deque()  # headers that came while the root was busy
-        self.waiting: dict[int, tuple[int, int]] = {}  # worker: (sequence, version), until published
-        self.computing: dict[int, tuple[float, Any]] = {}  # worker: its seconds, its parameters
-        self.answered: list[ArrivalRecord] = []
-        self.counts: dict[str, int] = {"accepted": 0, "late": 0, "rejected": 0}
-        self.gradients: list[npt.NDArray[np.float64]] = []
-        self.closed: StepRecord | None = None
-        self.step = OpenStep(0, 0.0, workers, set(range(workers)))
+        self._delay, self._costs, self._learner = delay, costs, learner
+        self._rejected, self._eager = rejected, eager
+        self._draw: Callable[[], float] = random.Random(seed).random if seed is not None else float
+        self._steps = steps if policy.steps is None else min(steps, policy.steps)
+        self._network = Network(costs, workers)
+        self._now_s = 0.0
+        self._event_s = -1.0  # when the last event was
+        self._is_tie = False  # whether others are at the same time
+        self._tied: set[int] = set()  # workers whose gradients came at the same time as others
+        self._free_s = 0.0  # when the root has done what it does
+        self._idle_s = 0.0  # until when it last had nothing to do
+        self._is_closing = False  # from a step's close to its publication
+        self._events: list[tuple[float, float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+        self._inbox: deque[Arrival] = deque()  # headers that came while the root was busy
+        self._heard: dict[int, Arrival] = {}  # by worker: what has no verdict yet
+        self._alive = set(range(workers))
+        self._waiting: dict[int, tuple[int, int]] = {}  # worker: (sequence, version), until published
+        self._computing: dict[int, tuple[float, Any]] = {}  # worker: its seconds, its parameters
+        self._gradients: list[npt.NDArray[np.float64]] = []
+        self._closed: StepRecord | None = None
+        ties = None if seed is None else random.Random(seed)
+        self._player = Player(policy, workers, self, self, clock=lambda: self._now_s, ties=ties)
 
     def run(self) -> Iterator[StepRecord]:
         """Yield each step once it is published."""
-        for _ in range(self.steps):
-            while self.closed is None:
-                self.advance()
-            record, self.closed = self.closed, None
+        for number in range(1, self._steps + 1):
+            while self._closed is None:
+                self._advance()
+            record, self._closed = self._closed, None
             yield record
-            if record.step + 1 < self.steps:
-                self.open(record.step + 1)
+            if number < self._steps:
+                self._open()
 
     def later(self, at_s: float, action: Callable[..., None], *arguments: Any) -> None:
         """Plan an event."""
-        heapq.heappush(self.events, (at_s, self.lots(), next(self.order), action, arguments))
+        heapq.heappush(self._events, (at_s, self._draw(), next(self._order), action, arguments))
 
-    def advance(self) -> None:
+    def _advance(self) -> None:
         """Do what comes next: the root's own waking, a header it has not looked at, or an event."""
-        next_s = self.events[0][0] if self.events else math.inf
-        if not self.is_closing:
-            wakes_s = max(self.policy.wakes_at(self.step), self.free_s)
-            if self.inbox and self.free_s <= min(next_s, wakes_s):
-                self.now_s = self.free_s
-                return self.hear(self.inbox.popleft())
+        next_s, player = self._events[0][0] if self._events else math.inf, self._player
+        if not self._is_closing:
+            wakes_s = max(player.policy.wakes_at(player.step), self._free_s)
+            if self._inbox and self._free_s <= min(next_s, wakes_s):
+                self._now_s = self._free_s
+                return self._hear(self._inbox.popleft())
             if wakes_s < next_s:
-                self.now_s = max(self.now_s, wakes_s)
-                if not self.policy.closes(self.step, self.now_s):
-                    raise RuntimeError(f"{self.policy} asked to be woken at {wakes_s} s, and closed nothing")
-                return self.close()
-        if not self.events:
-            raise Deadlock(f"step {self.step.step} of {self.policy} cannot close: {self.step}")
-        before_s = self.event_s
-        self.event_s, _, _, action, arguments = heapq.heappop(self.events)
-        self.is_tie = self.event_s == before_s or bool(self.events and self.events[0][0] == self.event_s)
-        self.now_s = self.event_s
+                self._now_s = max(self._now_s, wakes_s)
+                if not player.closes(self._now_s):
+                    raise RuntimeError(f"{player.policy} asked to be woken at {wakes_s} s, and closed nothing")
+                return self._close()
+        if not self._events:
+            raise Deadlock(f"step {player.step.step} of {player.policy} cannot close: {player.step}")
+        before_s = self._event_s
+        self._event_s, _, _, action, arguments = heapq.heappop(self._events)
+        self._is_tie = self._event_s == before_s or bool(self._events and self._events[0][0] == self._event_s)
+        self._now_s = self._event_s
         return action(*arguments)
 
     # -- workers -----------------------------------------------------------------------------------
 
     def resume(self, worker: int, sequence: int, newest: int, at_s: float) -> None:
         """Let a worker begin its next computation, or wait for its version."""
-        version = self.policy.resumes_at(worker, sequence, newest)
-        if worker not in self.step.alive:
+        due, version = self._player.policy.resumes_at(worker, sequence, newest), self._player.step.step
+        if worker not in self._alive:
             return
-        if version > self.step.step:
-            self.waiting[worker] = (sequence, version)
+        if due > version:
+            self._waiting[worker] = (sequence, due)
             return
-        version = self.step.step
-        begins_s = self.network.served_s(worker, version, at_s)
-        takes_s = self.delay(worker, sequence, version)
-        self.computing[worker] = takes_s, None if self.learner is None else self.learner.parameters
+        begins_s = self._network.served_s(worker, version, at_s)
+        takes_s = self._delay(worker, sequence, version)
+        self._computing[worker] = takes_s, None if self._learner is None else self._learner.parameters
         done_s = begins_s + takes_s
-        heard_s, stamp_s = self.network.heard_s(worker, done_s)
-        self.later(heard_s, self.arrive, Arrival(worker, sequence, version, stamp_s))
+        heard_s, stamp_s = self._network.heard_s(worker, done_s)
+        self.later(heard_s, self._arrive, Arrival(worker, sequence, version, stamp_s))
 
-    def arrive(self, arrival: Arrival) -> None:
+    def _arrive(self, arrival: Arrival) -> None:
         """A header has come to the root."""
-        if arrival.worker not in self.step.alive:
+        if arrival.worker not in self._alive:
             return
-        if self.is_tie:
-            self.tied.add(arrival.worker)
-        if self.is_closing or self.inbox or self.free_s > self.now_s:
-            self.inbox.append(arrival)
+        if self._is_tie:
+            self._tied.add(arrival.worker)
+        if self._is_closing or self._inbox or self._free_s > self._now_s:
+            self._inbox.append(arrival)
         else:
-            self.hear(arrival)
+            self._hear(arrival)
 
     def die(self, worker: int) -> None:
-        """A worker is late for ever; what of it has arrived counts."""
-        self.step.alive = self.step.alive - {worker}
-        self.waiting.pop(worker, None)
-        if not self.is_closing and self.policy.closes(self.step, self.now_s):
-            self.close()
+        """A worker is late for ever; what was accepted of it counts."""
+        self._alive = self._player.step.alive = self._alive - {worker}
+        self._waiting.pop(worker, None)
+        self._player.forget(worker)
+        self._settle()
 
     # -- judging -----------------------------------------------------------------------------------
 
-    def hear(self, arrival: Arrival) -> None:
+    def _hear(self, arrival: Arrival) -> None:
         """The root looks at a header."""
-        self.idle_s = self.now_s
-        self.now_s += self.costs.header_s
-        self.free_s = self.now_s
-        self.settle(arrival)
+        self._idle_s = self._now_s
+        self._now_s += self._costs.header_s
+        self._free_s = self._now_s
+        self._heard[arrival.worker] = arrival
+        self._player.hear(arrival)
+        self._player.judge(arrival.worker)
+        self._settle()
 
-    def settle(self, arrival: Arrival) -> None:
-        """Judge a gradient, and what may count now that it does."""
-        if self.take(arrival):
-            self.look_again()
-        self.ask()
+    def _whole(self, arrival: Arrival) -> None:
+        """The last byte of an asked-for gradient has come."""
+        worker = arrival.worker
+        if worker not in self._alive or not self._network.came(arrival):
+            return
+        if self._is_closing:  # it is judged when the next step opens
+            self._heard[worker] = self._player.whole(worker, self._now_s)
+            return
+        self._idle_s = self._now_s = max(self._now_s, self._free_s)
+        self._heard[worker] = self._player.whole(worker, self._now_s)
+        self._player.judge(worker)
+        self._settle()
 
-    def take(self, arrival: Arrival) -> bool:
-        """Judge a gradient, and close the step if that completes it.
+    def _settle(self) -> None:
+        """Close the step if it is complete; else ask for as many payloads as it still lacks, first come first."""
+        if self._is_closing:
+            return
+        if self._player.closes(self._now_s):
+            return self._close()
+        network = self._network
+        while network.queue and self._player.lacking > len(network.wanted):
+            arrival = network.queue.popleft()
+            self.later(network.payload_s(arrival, self._now_s), self._whole, arrival)
 
-        Returns:
-            Whether it was accepted and the step is still open: what is held is to be judged again.
-        """
-        decision, step = self.policy.judge(arrival, self.step), self.step
-        if decision is Decision.ACCEPT and not self.network.is_whole(arrival):
-            self.network.queue.append(arrival)
-            return False
-        if decision is Decision.LATE:
-            self.answer(arrival, "late", step.step)
-        elif decision is Decision.HOLD:
-            step.held.append(arrival)
-        elif (arrival.worker, arrival.sequence) in self.rejected:
-            decision = Decision.LATE  # nothing was added
-            self.answer(arrival, "rejected", step.step)
-        else:
-            self.accept(arrival)
-        closes = self.policy.closes(step, self.now_s)
-        if decision is Decision.ACCEPT:
-            at_next = (closes and not self.eager) or self.policy.staleness == 0
-            self.answer(arrival, "accepted", step.step + at_next)
-        if closes:
-            self.close()
-        return decision is Decision.ACCEPT and not closes
+    def is_whole(self, worker: int) -> bool:
+        """Say whether every byte of a worker's gradient is where it will be folded."""
+        return self._network.is_whole(self._heard[worker])
+
+    def want(self, worker: int) -> None:
+        """Let a worker stand in line, once."""
+        arrival = self._heard[worker]
+        if worker not in self._network.wanted and arrival not in self._network.queue:
+            self._network.queue.append(arrival)
+
+    def drop(self, worker: int) -> None:
+        """Ask a worker for nothing."""
+        self._network.drop(worker)
+
+    def objection(self, arrival: Arrival) -> Refusal | None:
+        """Say why a gradient that is in time cannot count all the same."""
+        return _NOT_FINITE if (arrival.worker, arrival.sequence) in self._rejected else None
 
     def accept(self, arrival: Arrival) -> None:
         """Count a whole gradient."""
-        self.step.accepted.append(arrival)
-        self.free_s = max(self.free_s, self.network.accepted(arrival.worker, self.idle_s, self.now_s))
-        if self.learner is not None:
-            parameters = self.computing[arrival.worker][1]
-            self.gradients.append(self.learner.gradient(parameters, arrival.worker, arrival.sequence))
+        worker, player = arrival.worker, self._player
+        self._free_s = max(self._free_s, self._network.accepted(worker, self._idle_s, self._now_s))
+        if self._learner is not None:
+            parameters = self._computing[worker][1]
+            self._gradients.append(self._learner.gradient(parameters, worker, arrival.sequence))
+        at_next = (player.is_closing and not self._eager) or player.policy.staleness == 0
+        self._answer(arrival, "accepted", player.step.step + at_next)
 
-    def answer(self, arrival: Arrival, verdict: Verdict, newest: int) -> None:
+    def refuse(self, arrival: Arrival, refusal: Refusal) -> None:
+        """Give a verdict that is not acceptance."""
+        self._answer(arrival, refusal.verdict, self._player.step.step)
+
+    def _answer(self, arrival: Arrival, verdict: Verdict, newest: int) -> None:
         """Give a verdict, and let the worker go on."""
-        worker, step = arrival.worker, self.step
-        is_tie = worker in self.tied
-        self.tied.discard(worker)
-        self.counts[verdict] += 1
-        self.answered.append(
+        worker, step = arrival.worker, self._player.step
+        is_tie = worker in self._tied
+        self._tied.discard(worker)
+        self._player.enter(
             ArrivalRecord(
                 worker,
                 arrival.sequence,
@@ -292,112 +309,59 @@ class _Root:
                 offset_s=arrival.at_s - step.opened_s,
                 late_by=step.step - arrival.version if verdict == "late" else 0,
                 tie=is_tie and verdict == "accepted",
-                compute_s=self.computing[worker][0],
+                compute_s=self._computing[worker][0],
                 samples=1,
-                loss=None if self.learner is None else self.learner.errors[arrival.version],
-                bytes=self.costs.gradient_bytes if self.network.is_whole(arrival) else 0,
+                loss=None if self._learner is None else self._learner.errors[arrival.version],
+                bytes=self._costs.gradient_bytes if self._network.is_whole(arrival) else 0,
             )
         )
-        self.resume(worker, arrival.sequence + 1, newest, self.now_s)
-
-    def look_again(self) -> None:
-        """Judge what is held, from the first again after each acceptance."""
-        held = self.step.held
-        again = True
-        while again and not self.is_closing:
-            again = False
-            for arrival in list(held):
-                if self.policy.judge(arrival, self.step) is Decision.HOLD:
-                    continue
-                held.remove(arrival)
-                again = self.take(arrival)
-                if again or self.is_closing:
-                    break
-
-    def ask(self) -> None:
-        """Ask for as many payloads as the step still lacks, first come first."""
-        network = self.network
-        while network.queue and not self.is_closing:
-            lacking = self.policy.target(self.step) - len(self.step.accepted)
-            if lacking <= len(network.wanted):
-                return
-            arrival = network.queue.popleft()
-            self.later(network.payload_s(arrival, self.now_s), self.whole, arrival)
-
-    def whole(self, arrival: Arrival) -> None:
-        """The last byte of an asked-for gradient has come."""
-        if arrival.worker not in self.step.alive or not self.network.came(arrival):
-            return
-        if not self.is_closing:  # else it is judged when the next step opens
-            self.network.wanted.pop(arrival.worker)
-            self.idle_s = self.now_s = max(self.now_s, self.free_s)
-            self.settle(replace(arrival, at_s=self.now_s))
+        self.resume(worker, arrival.sequence + 1, newest, self._now_s)
 
     # -- closing, opening --------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Fold what is left, update, publish."""
-        self.is_closing = True
-        closed_s, costs = self.now_s, self.costs
-        reduced_s = max(closed_s, self.free_s) + costs.reduce_s(self.network.pending(closed_s))
+        self._is_closing = True
+        closed_s, costs = self._now_s, self._costs
+        reduced_s = max(closed_s, self._free_s) + costs.reduce_s(self._network.pending(closed_s))
         published_s = reduced_s + costs.updating_s + costs.publication_s
         if published_s > closed_s:
-            self.later(published_s, self.publish, closed_s, reduced_s)
+            self.later(published_s, self._publish, closed_s, reduced_s)
         else:
-            self.publish(closed_s, reduced_s)
+            self._publish(closed_s, reduced_s)
 
-    def publish(self, closed_s: float, reduced_s: float) -> None:
+    def _publish(self, closed_s: float, reduced_s: float) -> None:
         """Record the step that was closed."""
-        step, policy, costs = self.step, self.policy, self.costs
-        norms = self.learn()
-        record = StepRecord(
-            step=step.step,
-            opened_s=step.opened_s,
+        self._closed = self._player.close(
             closed_s=closed_s,
-            published_s=self.now_s,
-            target=policy.target(step),
-            alive=len(step.alive),
-            accepted=[(one.worker, one.sequence, one.version) for one in step.accepted],
-            arrivals=self.answered,
-            samples_used=len(step.accepted),
+            published_s=self._now_s,
+            samples_used=len(self._player.step.accepted),
             reduce_s=reduced_s - closed_s,
-            update_s=costs.updating_s,
-            publish_s=costs.publication_s,
-            counts=dict(self.counts),
-            norms=norms if policy.wants_norms else None,
-            why=policy.why,
+            update_s=self._costs.updating_s,
+            publish_s=self._costs.publication_s,
+            norms=self._learn(),
         )
-        self.closed, self.answered = record, []
-        self.policy = policy.after(record)
 
-    def learn(self) -> tuple[float, float] | None:
+    def _learn(self) -> tuple[float, float] | None:
         """Update the learner's parameters; the norms that a policy may want."""
-        if self.learner is None:
+        if self._learner is None:
             return None
-        mean = np.mean(self.gradients, axis=0)
-        squares = sum(float(np.vdot(one, one)) for one in self.gradients)
-        self.gradients = []
-        self.learner.update(mean)
+        mean = np.mean(self._gradients, axis=0)
+        squares = sum(float(np.vdot(one, one)) for one in self._gradients)
+        self._gradients = []
+        self._learner.update(mean)
         return squares, float(np.vdot(mean, mean))
 
-    def open(self, number: int) -> None:
+    def _open(self) -> None:
         """Open the next step, and judge what waits for it."""
-        old, now_s = self.step, self.now_s
-        self.step = OpenStep(number, now_s, old.workers, old.alive, held=old.held)
-        self.is_closing, self.free_s, self.idle_s = False, now_s, now_s
-        self.network.published(number, now_s)
-        for worker, (sequence, version) in list(self.waiting.items()):
+        now_s, player = self._now_s, self._player
+        player.open(self._alive)
+        number = player.step.step
+        self._is_closing, self._free_s, self._idle_s = False, now_s, now_s
+        self._network.published(number, now_s)
+        for worker, (sequence, version) in list(self._waiting.items()):
             if version <= number:
-                del self.waiting[worker]
+                del self._waiting[worker]
                 self.resume(worker, sequence, version, now_s)
-        self.look_again()
-        for arrival in self.network.recalled():
-            if self.is_closing:
-                self.network.keep(arrival)
-            elif arrival.worker not in self.network.wanted:
-                if self.take(arrival):
-                    self.look_again()
-            elif self.policy.judge(arrival, self.step) is Decision.LATE:
-                self.network.wanted.pop(arrival.worker)
-                self.answer(arrival, "late", number)
-        self.ask()
+        player.judge_again()
+        self._settle()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mpisync.policies.backup import FirstN
 from mpisync.policies.base import OpenStep, number_text, whole_number
+from mpisync.records.kept import keep, recall
 from mpisync.records.schema import StepRecord
 from mpisync.records.turnarounds import Turnarounds, time_per_step
 
@@ -195,6 +197,24 @@ class Adaptive(FirstN):
         why += f", noise scale {noise_scale:.3g}"
         last = self._recent[-1]
         return replace(self, _n=chosen, _why=why, _decided=(last.step + 1, last.published_s))
+
+    def state(self) -> dict[str, Any]:
+        """Return N, and the steps that the next decision looks back on."""
+        decided = None if self._decided is None else list(self._decided)
+        kept = {"workers": self._workers, "n": self._n, "why": self._why, "decided": decided}
+        return {**kept, "recent": keep(self._recent)}
+
+    def load(self, state: Mapping[str, Any], shift_s: float = 0.0) -> Adaptive:
+        """Return this policy with what another had learnt; see `Policy.load`."""
+        decided = None if state["decided"] is None else (state["decided"][0], state["decided"][1] + shift_s)
+        return replace(
+            self,
+            _workers=state["workers"],
+            _n=state["n"],
+            _why=state["why"],
+            _decided=decided,
+            _recent=recall(state["recent"], shift_s),
+        )
 
     def __str__(self) -> str:
         """Return for example `adaptive:at_least=4`."""

@@ -1,7 +1,7 @@
 """What a policy is: the rules by which a step accepts gradients and closes.
 
-A policy is a pure function of what it is shown: no clock, no MPI, no arrays. Whoever owns the open
-step (the root aggregator, a simulator, a test) plays it by five rules:
+A policy is a pure function of what it is shown: no clock, no MPI, no arrays. `mpisync.policies.player`
+plays it, for the root of a run, a simulated one and a process alone, by five rules:
 
 1. Every arrival is judged (`Policy.judge`): when its header comes, to learn whether its payload is
    worth asking for, and again when it is whole, with the time of that as `Arrival.at_s`.
@@ -21,8 +21,9 @@ import abc
 import enum
 import math
 import operator
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpisync.records.schema import StepRecord
 
@@ -197,6 +198,19 @@ class Policy(abc.ABC):
 
     def after(self, record: StepRecord) -> Policy:
         """Return the policy of the next step, given the record of the one that was closed."""
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """Return what it has learnt of the run, in plain values; nothing where each step is a new one to it."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], shift_s: float = 0.0) -> Policy:
+        """Return this policy with what another, of the same form, had learnt.
+
+        Args:
+            state: What `state` returned there.
+            shift_s: How far this run's clock is ahead of that one's.
+        """
         return self
 
     @abc.abstractmethod

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy, number_text, whole_number
+from mpisync.records.kept import keep, recall
 from mpisync.records.schema import StepRecord
 from mpisync.records.turnarounds import Turnarounds
 
@@ -160,6 +163,20 @@ class Deadline(Policy):
         limit_s = median_s + mads * max(mad_s, _LEAST_MAD * median_s)
         why = f"limit {limit_s:.3g} s: median {median_s:.3g} s, median deviation {mad_s:.3g} s"
         return replace(self, _limit_s=limit_s, _why=why)
+
+    def state(self) -> dict[str, Any]:
+        """Return the limit, and the steps that the next one looks back on."""
+        return {"limit_s": self._limit_s, "why": self._why, "workers": self._workers, "recent": keep(self._recent)}
+
+    def load(self, state: Mapping[str, Any], shift_s: float = 0.0) -> Deadline:
+        """Return this policy with what another had learnt; see `Policy.load`."""
+        return replace(
+            self,
+            _limit_s=state["limit_s"],
+            _why=state["why"],
+            _workers=state["workers"],
+            _recent=recall(state["recent"], shift_s),
+        )
 
     def __str__(self) -> str:
         """Return for example `deadline:0.5,at_least=3,grace=0.1`."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mpisync.policies.base import Arrival, Decision, OpenStep, Policy
 from mpisync.records.files import read_record
-from mpisync.records.schema import RunHeader, StepChecker, StepRecord
+from mpisync.records.schema import RunHeader, StepChecker, StepRecord, recorded_late_work
 
 __all__ = ["Replay"]
 
@@ -74,7 +74,7 @@ class Replay(Policy):
         if not steps:
             raise ValueError(f"a record must hold a step to be replayed, but {self} holds none")
         object.__setattr__(self, "header", header)
-        carries = header is not None and header.settings.get("on_late") == "carry"
+        carries = header is not None and recorded_late_work(header)[0] == "carry"
         object.__setattr__(self, "_script", _Script(steps, carries=carries))
 
     @property

@@ -69,6 +69,20 @@ class RunHeader:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+def recorded_late_work(header: RunHeader) -> tuple[str, int | None]:
+    """Return what became of late work in a run, as "retry", and its limit; older records have that apart.
+
+    Example:
+        >>> header = RunHeader("backup:1", 2, 0, 0.0, "1", ["a", "b"], settings={"on_late": "retry:limit=5"})
+        >>> recorded_late_work(header)
+        ('retry', 5)
+    """
+    kind, _, value = str(header.settings.get("on_late", "discard")).partition(":")
+    limit = value.rpartition("=")[2]
+    older = header.settings.get("late_limit") if kind in ("retry", "carry") else None
+    return kind, int(limit) if limit.isdecimal() else older if isinstance(older, int) else None
+
+
 @dataclass(frozen=True)
 class ArrivalRecord:
     """One gradient and its verdict.
