@@ -12,6 +12,10 @@ from mpisync.version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see in place of __getattr__
     from mpisync.aggregation.errors import PeerFailed as PeerFailed
+    from mpisync.aggregation.late_work import Carry as Carry
+    from mpisync.aggregation.late_work import Discard as Discard
+    from mpisync.aggregation.late_work import Requeue as Requeue
+    from mpisync.aggregation.late_work import Retry as Retry
     from mpisync.aggregation.verdict import Verdict as Verdict
     from mpisync.policies import Adaptive as Adaptive
     from mpisync.policies import Async as Async
@@ -30,10 +34,14 @@ _HOMES: dict[str, str] = {
     "Adaptive": "mpisync.policies",
     "Async": "mpisync.policies",
     "BackupWorkers": "mpisync.policies",
+    "Carry": "mpisync.aggregation.late_work",
     "Deadline": "mpisync.policies",
+    "Discard": "mpisync.aggregation.late_work",
     "PartialReduce": "mpisync.session.partial_reduce",
     "PeerFailed": "mpisync.aggregation.errors",
     "Replay": "mpisync.policies",
+    "Requeue": "mpisync.aggregation.late_work",
+    "Retry": "mpisync.aggregation.late_work",
     "Session": "mpisync.session.session",
     "StepRecord": "mpisync.records",
     "Verdict": "mpisync.aggregation.verdict",

@@ -18,7 +18,7 @@ from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
 from mpisync.transport.layout import Layout, aligned_bytes
 from mpisync.transport.peers import Peer
-from mpisync.transport.wire import Header, Kind, Status
+from mpisync.transport.wire import GradientInfo, Header, Kind, Status
 
 SIZE = 5
 INCARNATION = 77
@@ -150,7 +150,7 @@ class ScriptedLink(RootLink):
         assert version == self.version + 1
 
     def publish(self, version, parameters):
-        assert version == self.version + 1
+        assert version == self.version + 1 or self.version < 0
         self.version, self.parameters = version, parameters.copy()
 
     def serve(self, worker):
@@ -178,8 +178,10 @@ class ScriptedLink(RootLink):
 class World:
     """Virtual time, workers and the root."""
 
-    def __init__(self, workers, policy, *, pieces=(), capacity=2, extras=False, weighted=False, late=None):
-        self.now_s = self._last_event_s = 100.0
+    def __init__(
+        self, workers, policy, *, pieces=(), capacity=2, extras=False, weighted=False, late=None, state=None, now_s=1e2
+    ):
+        self.now_s = self._last_event_s = now_s
         self._events, self._order = [], itertools.count()
         self.workers = workers
         self.layout = Layout.of([("float32", SIZE)], 2 if extras else 0)
@@ -199,6 +201,7 @@ class World:
             object.__setattr__(peer, "dead", self.dead)
         self.parameters = aligned_bytes(self.layout.size_bytes)
         self.weighted, self.policy = weighted, policy
+        self.late = Discard() if late is None else late
         self.pooled = isinstance(late, Requeue)
         self.root = Root(
             peers,
@@ -208,12 +211,17 @@ class World:
             policy,
             Reducer(1),
             weighted=weighted,
-            late=late,
+            late=self.late,
             clock=lambda: self.now_s,
             stall_report_s=1e9,
+            state=state,
         )
         for worker in workers:
             self.say(worker, Kind.READY)
+
+    @property
+    def open_step(self):
+        return self.root.collector.player.step
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -225,7 +233,7 @@ class World:
         """Go on to the next thing that happens, at most `timeout_s` ahead."""
         self.check_accounts()
         if self.now_s > self._last_event_s + STUCK_S:
-            raise Stuck(f"{self.root._step}: {[(m.worker, m.state) for m in self.root.members]}")
+            raise Stuck(f"{self.open_step}: {[(m.worker, m.state) for m in self.root.roster.members]}")
         until_s = self.now_s + max(timeout_s, 1e-9)
         if not self._events or self._events[0][0] > until_s:
             self.now_s = until_s
@@ -240,9 +248,11 @@ class World:
     def say(self, worker, kind, *, samples=0, peak=0.0, version=0):
         worker.ordinal += 1
         header = Header(
-            INCARNATION, kind, worker.number, worker.ordinal, worker.sequence, version,
-            samples, worker.handed, 0.5, 0.0, 0.0, self.now_s, 0, peak,
-            batches=self.root.late.pool.batches if kind == Kind.CLAIM else int(kind == Kind.GRADIENT),
+            INCARNATION, kind, worker.number, worker.ordinal, worker.sequence, version, worker.handed, self.now_s,
+            GradientInfo(
+                samples, loss=0.5, peak=peak,
+                batches=self.late.pool.batches if kind == Kind.CLAIM else int(kind == Kind.GRADIENT),
+            ),
         )  # fmt: skip
         if kind == Kind.GRADIENT:
             worker.said[worker.ordinal] = header
@@ -355,11 +365,11 @@ class World:
 
     def check_accounts(self):
         """I10, by what the workers said and what the records and verdicts say."""
-        for member in self.root.members:
-            worker, account = self.workers[member.worker], member.account
+        for member in self.root.roster.members:
+            worker, account = self.workers[member.worker], self.root.collector.accounts[member.worker]
             samples = worker.samples
             used = [a for r in self.records for a in r.accepted if a[0] == member.worker]
-            still = [a for a in self.root._step.accepted if a.worker == member.worker]
+            still = [a for a in self.open_step.accepted if a.worker == member.worker]
             known = {(a[0], a[1]) for a in used} | {(a.worker, a.sequence) for a in still}
             discarded = [
                 sequence
@@ -367,9 +377,9 @@ class World:
                 if reply.status != Status.ACCEPTED or (worker.number, sequence) not in known
             ]
             assert account.used == samples * len(used)
-            waiting = member.next_sequence - len(used) - len(discarded)
+            waiting = self.root.collector.next_sequence(member.worker) - len(used) - len(discarded)
             left = samples * waiting - account.in_flight  # in its hands when it left or died
             assert account.discarded + account.requeued + account.lost == samples * len(discarded) + left
             assert account.in_flight >= 0 and (left == 0 or not member.is_alive)
-            assert account.requeued == 0 or type(self.root.late) is not Discard
+            assert account.requeued == 0 or type(self.late) is not Discard
             assert account.lost == (0 if self.pooled else left)

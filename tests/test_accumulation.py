@@ -32,7 +32,7 @@ def test_accumulated_gradients_are_the_mean_over_all_their_batches(comm, monkeyp
     np.testing.assert_allclose(flat(model), flat(alone), rtol=1e-9, atol=1e-12)
     if comm.rank == WORKERS:
         assert [arrival.samples for record in records for arrival in record.arrivals] == [16] * 6 * WORKERS
-        accounts = [member.account for member in role._root.members]
+        accounts = role._root.collector.accounts
         assert [(a.handed, a.used, a.in_flight) for a in accounts] == [(96, 96, 0)] * WORKERS
     else:
         assert drawn == 12 and all(v.accepted for v in verdicts)
@@ -76,10 +76,9 @@ def test_no_new_version_comes_between_the_batches_of_a_gradient(comm, own_copy):
         assert all(p.grad is None for p in model.parameters()), "nothing is left of what was not ended"
     drawn = comm.allgather(drawn)
     if comm.rank == WORKERS:
-        for member, batches in zip(role._root.members, drawn, strict=False):
-            account = member.account
+        for worker, (account, batches) in enumerate(zip(role._root.collector.accounts, drawn, strict=False)):
             assert account.handed == 8 * batches == account.used + account.discarded + account.lost
-            assert account.used == (30 * 16 if member.worker else 0)
+            assert account.used == (30 * 16 if worker else 0)
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -94,7 +93,7 @@ def test_a_worker_that_breaks_between_the_batches_of_a_gradient_has_lost_them(co
             if number % 2:
                 session.step()
     if comm.rank == WORKERS:
-        first, second = (member.account for member in roles[0]._root.members)
+        first, second = roles[0]._root.collector.accounts
         assert (first.handed, first.used, first.discarded, first.lost) == (56, 48, 0, 8)
         assert (second.handed, second.used, second.discarded, second.lost) == (128, 128, 0, 0)
 

@@ -261,13 +261,13 @@ def test_a_slow_worker_delays_nothing():
 
 def check_all_settled(world):
     world.check_accounts()
-    for member in world.root.members:
-        assert member.account.in_flight == 0, member
+    for member in world.root.roster.members:
+        assert world.root.collector.accounts[member.worker].in_flight == 0, member
 
 
 def say_farewell(world, **options):
     left = farewell(world.root, **{"grace_s": 30.0, "stopped_grace_s": 3.0, **options})
-    world.root.close()
+    world.root.roster.close()
     return left
 
 
@@ -280,7 +280,7 @@ def test_samples_are_accounted_for_to_the_last(policy, pieces, stops):
     world.serve(None if stops else 25)
     assert say_farewell(world) == []
     check_all_settled(world)
-    assert all(m.state is State.GONE for m in world.root.members)
+    assert all(m.state is State.GONE for m in world.root.roster.members)
 
 
 def test_a_lost_workers_accepted_samples_are_used_not_lost():
@@ -288,7 +288,7 @@ def test_a_lost_workers_accepted_samples_are_used_not_lost():
     world = World(many, BackupWorkers(1))
     world.at(101.1, lambda: world.kill(0))
     world.serve(3)
-    account = world.root.members[0].account
+    account = world.root.collector.accounts[0]
     assert (account.handed, account.used, account.lost, account.in_flight) == (5, 5, 0, 0)
 
 
@@ -298,7 +298,7 @@ def test_a_worker_lost_with_its_gradient_under_way_loses_those_samples():
     world = World(many, BackupWorkers(1), pieces=(0,))
     world.at(101.3, lambda: world.kill(0))
     world.serve(3)
-    account = world.root.members[0].account
+    account = world.root.collector.accounts[0]
     assert (account.handed, account.used, account.lost, account.in_flight) == (5, 0, 5, 0)
 
 
@@ -378,7 +378,7 @@ def test_a_worker_that_says_goodbye_in_mid_payload_is_out_of_the_way():
     world.at(101.3, leave)
     records = world.serve(5)
     assert all({w for w, *_ in r.accepted} == {1, 2} for r in records)
-    assert world.root.members[0].state is State.GONE
+    assert world.root.roster.members[0].state is State.GONE
 
 
 # -- the end ---------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_farewell_gives_each_worker_a_verdict_the_parameters_and_its_leave():
     world = World(many, BackupWorkers(0), pieces=(2, 3), capacity=1)
     world.at(101.5, world.root.stop)
     world.serve(None)
-    states = [m.state for m in world.root.members]
+    states = [m.state for m in world.root.roster.members]
     assert states == [
         State.ACCEPTED, State.COMPUTING, State.WANTED, State.ANNOUNCED, State.LEFT,
     ]  # fmt: skip
@@ -400,7 +400,7 @@ def test_farewell_gives_each_worker_a_verdict_the_parameters_and_its_leave():
     for worker in (0, 1, 2, 3):
         (verdict,) = many[worker].verdicts.values()
         assert verdict.status == Status.LATE and verdict.text == ENDED
-    assert all(m.state is State.GONE for m in world.root.members)
+    assert all(m.state is State.GONE for m in world.root.roster.members)
     assert all(link.closed and len(link.ends) == 1 for link in world.links)
     check_all_settled(world)
 
@@ -413,7 +413,7 @@ def test_farewell_names_those_who_never_come_and_counts_the_dead():
     left = say_farewell(world, grace_s=10.0)
     assert [m.worker for m in left] == [2]
     assert world.now_s - began_s == pytest.approx(10.0, abs=2.0)
-    assert world.root.members[1].state is State.LOST
+    assert world.root.roster.members[1].state is State.LOST
     check_all_settled(world)
 
 

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted import ScriptedWorker, World
 
+from mpisync.aggregation.collector import TAKEN_OVER
 from mpisync.aggregation.late_work import Requeue, Retry
-from mpisync.aggregation.root import TAKEN_OVER
 from mpisync.aggregation.sample_pool import BatchId, SamplePool
 from mpisync.aggregation.shutdown import farewell
 from mpisync.policies import Adaptive, Async, BackupWorkers, Deadline
@@ -47,10 +47,10 @@ def all_of(batches, epochs):
 
 def finish(world):
     world.serve(None)
-    assert used(world) == all_of(world.root.late.pool.batches, 2)
+    assert used(world) == all_of(world.late.pool.batches, 2)
     farewell(world.root, grace_s=50.0, stopped_grace_s=3.0)
     world.check_accounts()
-    world.root.close()
+    world.root.roster.close()
 
 
 POLICIES = [
@@ -97,7 +97,7 @@ def test_whoever_computes_what_another_has_used_is_told_so():
     for times in itertools.permutations([1.0, 1.2, 1.5, 9.0]):  # two have the one batch and two the other, by chance
         world = world_of(workers([[time] for time in times]), BackupWorkers(0), batches=1)
         finish(world)
-        told += [r for w in world.workers for r in w.verdicts.values() if r.text == TAKEN_OVER]
+        told += [r for w in world.workers for r in w.verdicts.values() if r.text == TAKEN_OVER.reason]
     assert told and all(reply.status == Status.LATE and reply.late_by == 0 for reply in told)
 
 
@@ -109,13 +109,13 @@ def test_a_worker_that_is_killed_leaves_its_batch_to_others_at_once(pieces, at_s
     held = []
 
     def kill():
-        held.extend(lot for lot, holders in world.root.late.pool._out.items() if 2 in holders)
+        held.extend(lot for lot, holders in world.late.pool._out.items() if 2 in holders)
         world.kill(2)
 
     world.at(at_s, kill)
     world.serve(12)
     assert len(held) == 1 and used(world)[held[0]] == 1
-    assert world.root.members[2].account.lost == 0
+    assert world.root.collector.accounts[2].lost == 0
 
 
 def test_poison_is_given_up_and_not_handed_round():
@@ -124,7 +124,7 @@ def test_poison_is_given_up_and_not_handed_round():
     world = world_of(many, BackupWorkers(1), batches=10)
     world.serve(None)
     assert sum(used(world).values()) == 19 and max(used(world).values()) == 1
-    assert world.root.late.pool.remaining == 0
+    assert world.late.pool.remaining == 0
 
 
 def test_what_was_accepted_into_a_step_that_never_closed_is_in_the_pool_again():
@@ -133,7 +133,7 @@ def test_what_was_accepted_into_a_step_that_never_closed_is_in_the_pool_again():
     world.serve(None)
     farewell(world.root, grace_s=100.0, stopped_grace_s=3.0)
     world.check_accounts()
-    assert Counter(map(tuple, world.root.late.pool.state["returned"])) == {(0, batch): 1 for batch in range(4)}
+    assert Counter(map(tuple, world.late.pool.state()["returned"])) == {(0, batch): 1 for batch in range(4)}
 
 
 DELAYS = st.lists(st.lists(st.floats(0.1, 5.0), min_size=1, max_size=6), min_size=2, max_size=5)
@@ -162,7 +162,7 @@ def test_retries_are_requeued_so_often_and_then_discarded():
     delays = [[1.0], [1.0], [7.5]]
     world = World(workers(delays, samples=4), BackupWorkers(1), late=Retry(2))
     world.serve(46)
-    account = world.root.members[2].account
+    account = world.root.collector.accounts[2]
     assert account.late == 6 and account.requeued == 4 * 4 and account.discarded == 4 * 2
 
 
@@ -170,5 +170,5 @@ def test_what_is_late_after_the_end_is_not_tried_again():
     world = World(workers([[1.0], [1.0], [7.5]], samples=4), BackupWorkers(1), late=Retry(2))
     world.serve(5)
     farewell(world.root, grace_s=50.0, stopped_grace_s=3.0)
-    account = world.root.members[2].account
+    account = world.root.collector.accounts[2]
     assert (account.late, account.requeued, account.discarded) == (1, 0, 4)

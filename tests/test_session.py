@@ -196,15 +196,15 @@ def test_samples_are_accounted_for(comm, tmp_path):
     if session.worker is None:
         _, steps = read_record(path)
         used = sum(step.samples_used for step in steps)
-        accounts = roles[0]._root.members
-        assert used == sum(m.account.used for m in accounts) == 20 * 8
-        assert handed == sum(m.account.handed for m in accounts)
-        assert all(m.account.in_flight == 0 for m in accounts)
+        accounts = roles[0]._root.collector.accounts
+        assert used == sum(m.used for m in accounts) == 20 * 8
+        assert handed == sum(m.handed for m in accounts)
+        assert all(m.in_flight == 0 for m in accounts)
         reader = RecordReader(path)  # says the same to whoever has nothing else, up to the last verdict
         judged = [arrival for step in reader for arrival in step.arrivals]
         end = reader.end
         assert (end.version, end.failure) == (20, "")
-        assert end.handed == [m.account.handed for m in accounts] and sum(end.used) == used
+        assert end.handed == [m.handed for m in accounts] and sum(end.used) == used
         for worker in range(WORKERS):
             samples = sum(a.samples for a in [*judged, *end.arrivals] if a.worker == worker)
             assert samples == end.handed[worker] == end.used[worker] + end.discarded[worker]

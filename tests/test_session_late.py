@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import fails_everywhere, on_all
 
 import mpisync
+from mpisync.aggregation.late_work import late_work_of
 from mpisync.policies import Replay
 from mpisync.records import RecordReader
 
@@ -104,7 +105,7 @@ def test_a_late_batch_comes_again_so_often_and_then_another(comm, transport, mon
         if session.worker == 0 and number < 5:
             be_late(session)
 
-    got, *_ = run(comm, body, steps=30, on_late="retry", late_limit=2, record=path)
+    got, *_ = run(comm, body, steps=30, on_late=mpisync.Retry(2), record=path)
     _, end = read(comm, path)
     check_accounts(end)
     if comm.rank == 0:
@@ -179,7 +180,7 @@ def test_late_gradients_are_added_to_the_next_one(comm, transport, weight, monke
         elif session.worker:
             time.sleep(0.01)  # so that worker 0 is in time where it does not wait
 
-    got, _, final = run(comm, body, steps=40, on_late="carry", late_limit=9, record=path, weight=weight)
+    got, _, final = run(comm, body, steps=40, on_late=mpisync.Carry(9), record=path, weight=weight)
     sent = on_all(comm, [batch for batch, _ in got])
     steps, end = read(comm, path)
     check_accounts(end)
@@ -211,7 +212,7 @@ def test_what_has_become_too_old_is_given_up(comm, tmp_path):
         elif session.worker:
             time.sleep(0.01)
 
-    run(comm, body, steps=60, on_late="carry", late_limit=2, record=path)
+    run(comm, body, steps=60, on_late=mpisync.Carry(max_staleness=2), record=path)
     steps, end = read(comm, path)
     check_accounts(end)
     carried = {(a.worker, a.sequence): a.carried for step in steps for a in step.arrivals}
@@ -485,7 +486,7 @@ def test_the_end_tells_what_became_of_the_samples(comm):
 @pytest.mark.parallel(RANKS)
 def test_ranks_that_differ_in_what_they_want_are_told(comm):
     mine = "retry" if comm.rank == 1 else "requeue"
-    with fails_everywhere(comm, ValueError, "on_late", "'retry'", "'requeue'"):
+    with fails_everywhere(comm, ValueError, "on_late", "'retry:limit=3'", "'requeue'"):
         run(comm, steps=3, on_late=mine)
 
 
@@ -500,7 +501,9 @@ def test_ranks_whose_loaders_differ_are_told(comm):
     ("more", "extent", "kind", "words"),
     [
         ({"on_late": "ignore"}, {}, ValueError, "on_late must be one of 'discard', 'retry', 'carry', 'requeue'"),
-        ({"on_late": "retry", "late_limit": 0}, {}, ValueError, "late_limit must be at least 1"),
+        ({"on_late": 3}, {}, TypeError, "on_late must be a word such as 'retry' or an object such as Retry"),
+        ({"on_late": "retry:many"}, {}, ValueError, "on_late must be one of"),
+        ({"on_late": "requeue:3"}, {}, ValueError, "on_late must be one of"),
         ({}, {"epochs": 2}, ValueError, "epochs are counted under on_late='requeue' only"),
         ({"on_late": "requeue"}, {"epochs": -1}, ValueError, "epochs must not be negative"),
         ({"on_late": "requeue"}, {"resume": {"pool": {}}}, TypeError, "resume must be"),
@@ -570,3 +573,14 @@ def test_what_was_accepted_counts_though_the_samples_do_not_make_the_last_k_grad
     steps, end = read(comm, path)
     check_accounts(end)
     assert told == sum(end.used) == sum(step.samples_used for step in steps)
+
+
+def test_late_work_is_an_object_of_its_form_in_words():
+    for text in ("discard", "retry:limit=5", "carry:max_staleness=2", "requeue"):
+        assert str(late_work_of(text)) == text
+    assert late_work_of("retry") == mpisync.Retry() == mpisync.Retry(limit=3) != mpisync.Retry(2)
+    assert late_work_of(mpisync.Carry(2)) == late_work_of("carry:2")
+    with pytest.raises(ValueError, match="limit must be at least 1, not 0; Discard"):
+        mpisync.Retry(0)
+    with pytest.raises(TypeError, match="max_staleness must be a whole number, not 1.5"):
+        mpisync.Carry(1.5)

@@ -177,7 +177,7 @@ def test_a_batch_that_was_drawn_and_left_is_lost_and_accounted_for(comm, leaves)
     except SystemExit:
         assert leaves == "exit"
     if root is not None:
-        accounts = [member.account for member in root.members]
+        accounts = root.collector.accounts
         assert [(a.handed, a.used, a.discarded, a.lost, a.in_flight) for a in accounts] == [
             (8 * 4, 8 * 3, 0, 8, 0),
             (8 * 10, 8 * 10, 0, 0, 0),

@@ -1,83 +1,86 @@
-"""What a step is made of once its gradients are in."""
+"""A step whose gradients are in: what an update is made of, until it is published."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
-from mpisync.aggregation.members import Member
-from mpisync.aggregation.running_sum import Sums
-from mpisync.aggregation.work import Work
-from mpisync.policies import Arrival
+from mpisync.aggregation.running_sum import RunningSum, Sums
+from mpisync.aggregation.work import Gradient
 from mpisync.records import StepRecord
 from mpisync.transport.layout import SgdSpan
-from mpisync.transport.wire import Header
 
 
-@dataclass(frozen=True)
-class AcceptedGradient:
-    """An accepted gradient of the open step."""
-
-    member: Member
-    header: Header
-    arrival: Arrival
-    work: Work
-    is_tie: bool
-
-
-@dataclass
 class ClosedStep:
     """A step that has its gradients: update the parameters, then `publish`.
 
     The gradients are folded when their mean, or what depends on it, is first asked for; or never, where
     `fused_sgd_step` folds them and updates the parameters in one pass.
 
-    Attributes:
+    Args:
         step: The step's number, which is the version of the parameters to be updated.
+        gradients: The accepted ones, in order of acceptance.
+        total: Their sum, as far as it was folded.
+        parameters: To be updated, one array a segment.
+        closed_s: When the step closed.
+        clock: Monotonic seconds.
+        publish: Publishes the parameters as they are, and records the step.
+
+    Attributes:
         accepted: (worker, sequence) of the accepted gradients, in order of acceptance.
-        extras: What the accepted gradients carried along, in the same order.
-        samples: Samples of the accepted gradients.
+        extras: What they carried along, in the same order.
+        samples: Of all of them.
         loss: Their mean loss; NaN where a worker gave none.
-        fingerprints: Of the accepted gradients, to notice workers that compute the same.
+        fingerprints: To notice workers that compute the same.
+        reduced_s: When they were in the mean, or in the parameters.
     """
 
-    step: int
-    accepted: list[tuple[int, int]]
-    extras: list[np.ndarray]
-    samples: int
-    loss: float
-    fingerprints: list[int]
-    closed_s: float
-    _fold: Callable[[], Sums] = field(repr=False)
-    _fused_sgd_step: Callable[[Sequence[SgdSpan]], bool] = field(repr=False)
-    _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
-    _mean: list[np.ndarray] = field(repr=False)
-    _has_descended: bool = False
-
-    @cached_property
-    def sums(self) -> Sums:
-        """What the finished sum says of itself."""
-        return Sums(finite=True) if self._has_descended else self._fold()
+    def __init__(
+        self,
+        step: int,
+        gradients: Sequence[Gradient],
+        total: RunningSum,
+        parameters: Sequence[np.ndarray],
+        closed_s: float,
+        clock: Callable[[], float],
+        publish: Callable[[ClosedStep], StepRecord],
+    ) -> None:
+        self.step, self.closed_s = step, closed_s
+        self.accepted = [(one.arrival.worker, one.arrival.sequence) for one in gradients]
+        self.extras = total.extras
+        self.samples = sum(one.info.samples for one in gradients)
+        self.loss = sum(one.info.loss for one in gradients) / len(gradients)
+        self.fingerprints = [one.info.fingerprint for one in gradients]
+        self.reduced_s = closed_s
+        self._total, self._parameters = total, parameters
+        self._clock, self._publish = clock, publish
+        self._sums: Sums | None = None
+        self._is_updated = False  # by `fused_sgd_step`
 
     @property
     def mean(self) -> list[np.ndarray]:
         """The mean gradient, one array a segment, in the accumulator's dtype.
 
         Raises:
-            RuntimeError: The step has descended.
+            RuntimeError: There is none, since `fused_sgd_step` has updated the parameters.
         """
-        if self._has_descended:
-            raise RuntimeError("a step that has descended has no mean: ask for it instead of fused_sgd_step()")
-        assert self.sums
-        return self._mean
+        if self._is_updated:
+            raise RuntimeError("fused_sgd_step leaves no mean: ask for the mean instead of it")
+        self.fold()
+        return self._total.mean
 
     @property
     def finite(self) -> bool:
         """Whether every element of the mean is finite; when not, leave the parameters alone."""
-        return self.sums.finite
+        return self.fold().finite
+
+    def fold(self) -> Sums:
+        """Make the mean of the gradients, unless that was done; what it says of itself."""
+        if self._sums is None:
+            self._sums = self._total.finish()
+            self.reduced_s = self._clock()
+        return self._sums
 
     def fused_sgd_step(self, spans: Sequence[SgdSpan]) -> bool:
         """Subtract each span's rate times its mean gradient from the parameters, in one pass over memory.
@@ -88,9 +91,10 @@ class ClosedStep:
             Whether it was done; not where the mean might not be finite, since parameters are never touched by an
             update that will be refused, nor where it exists already or norms are wanted.
         """
-        if "sums" not in vars(self):
-            self._has_descended = self._fused_sgd_step(spans)
-        return self._has_descended
+        if self._sums is None and self._total.fused_sgd_step(self._parameters, spans):
+            self._is_updated, self._sums = True, Sums(finite=True)
+            self.reduced_s = self._clock()
+        return self._is_updated
 
     def publish(self) -> StepRecord:
         """Make the parameters, as they are now, the next version; what happened in the step."""

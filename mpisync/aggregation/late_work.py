@@ -1,234 +1,359 @@
 """What becomes of the samples of gradients that do not count: every worker's account, and what comes back.
 
-The root keeps the accounts, and entries are final. A late gradient's samples are
+The rank that makes the updates keeps the accounts, and entries are final. A late gradient's samples are
 
-    discard   discarded
-    retry     requeued to the worker that has them, so many times in a row; then discarded
-    carry     still in flight: its worker adds the gradient to its next one, or gives it up for its age: discarded; lost
+    Discard   discarded
+    Retry     requeued to the worker that has them, so many times in a row; then discarded
+    Carry     still in flight: its worker adds the gradient to its next one, or gives it up for its age: discarded; lost
               where the worker leaves with it
-    requeue   requeued to the pool, where anyone may claim them
+    Requeue   requeued to the pool, where anyone may claim them
 
 The samples of a gradient with NaN or Inf are discarded in any case, and so are those that are late after the end, but
 for the pool's: whoever resumes from there claims them.
+
+What a script gives to a session is such an object, as yet without accounts; the session works on a copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from mpisync.aggregation.members import Account, Fate, Member, Outcome
+from mpisync.aggregation.account import Account, Fate, Outcome
 from mpisync.aggregation.sample_pool import BatchId, SamplePool
 from mpisync.aggregation.work import Part, Work
-from mpisync.transport.wire import Header
 
 
-class Discard:
-    """Late gradients' samples are discarded.
+@dataclass
+class LateWork:
+    """What becomes of late gradients' samples, and what became of all samples; here they are discarded.
 
     Attributes:
         by_cost: An account for each class k of costs, from 2^k to 2^(k+1).
         goes_on: Whether the training does.
     """
 
-    def __init__(self) -> None:
-        self.by_cost: dict[int, Account] = {}
-        self.goes_on = True
+    by_cost: dict[int, Account] = field(default_factory=dict, init=False, repr=False, compare=False)
+    goes_on: bool = field(default=True, init=False, repr=False, compare=False)
 
     @property
     def remaining(self) -> int | None:
         """How many gradients there are samples for at most; None where there is no end to them."""
         return None
 
-    def claim(self, member: Member, behind: Sequence[int], batches: int) -> BatchId | None:
+    def claim(self, worker: int, behind: Sequence[int], batches: int) -> BatchId | None:
         """Give a worker, whose loader makes so many batches an epoch, its next one."""
-        raise RuntimeError(f"worker {member.worker} claims a batch, but there is no pool: the protocol is broken")
+        raise RuntimeError(f"worker {worker} claims a batch, but there is no pool: the protocol is broken")
 
-    def begin(self, member: Member, header: Header) -> Work:
-        """Take note of an announced gradient's samples, or of those that were passed over."""
-        return Work([Part(header.sequence, header.samples, header.batches, header.cost)])
+    def begin(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
+        """Take note of the computation that a gradient was announced of, or that was passed over.
+
+        Args:
+            worker: Whose it is.
+            account: That worker's.
+            part: The computation; its samples are those of the whole gradient.
+            carries: Whether the worker's late gradients are added in.
+        """
+        return Work([part])
 
     def is_used(self, work: Work) -> bool:
         """Whether its samples count already, in another worker's gradient."""
         return False
 
-    def accept(self, member: Member, work: Work) -> None:
+    def accept(self, worker: int, work: Work) -> None:
         """It counts in the open step."""
 
-    def use(self, member: Member, work: Work) -> None:
+    def use(self, worker: int, account: Account, work: Work) -> None:
         """Its step is published."""
-        self._enter(member, work, "accepted")
-        self._tally(member, work.parts, "used")
+        self._enter(account, work, "accepted")
+        self._tally(account, work.parts, "used")
 
-    def refuse(self, member: Member, work: Work, outcome: Outcome, *, may_return: bool) -> None:
-        """It does not count; `may_return` where it is late, and finite."""
-        self._enter(member, work, outcome)
-        self._let_go(member, work, may_return=may_return)
+    def refuse(self, worker: int, account: Account, work: Work, outcome: Outcome, *, may_return: bool) -> bool:
+        """It does not count; `may_return` where it is late, and finite.
 
-    def pass_over(self, member: Member, header: Header, *, may_return: bool) -> None:
-        """Batches left no gradient; `may_return` where it would have been late."""
-        self._let_go(member, self.begin(member, header), may_return=may_return)
+        Returns:
+            Whether its worker is to compute on the same batches again.
+        """
+        self._enter(account, work, outcome)
+        return self._let_go(worker, account, work, may_return=may_return)
 
-    def withdraw(self, member: Member, work: Work) -> None:
+    def pass_over(self, worker: int, account: Account, part: Part, *, may_return: bool) -> bool:
+        """Batches left no gradient; `may_return` where it would have been late.
+
+        Returns:
+            Whether the worker is to have the same batches again.
+        """
+        work = self.begin(worker, account, part, carries=False)
+        return self._let_go(worker, account, work, may_return=may_return)
+
+    def withdraw(self, worker: int, work: Work) -> None:
         """It was announced, and its worker is gone."""
 
-    def _let_go(self, member: Member, work: Work, *, may_return: bool) -> None:
-        self._tally(member, work.parts, "discarded")
+    def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
+        self._tally(account, work.parts, "discarded")
+        return False
 
-    def abandon(self, member: Member, work: Work, *, is_told: bool) -> None:
+    def abandon(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
         """It was accepted into a step that will never close; unless told already its worker will have it refused."""
         if is_told:
-            self._tally(member, work.parts, "discarded")
+            self._tally(account, work.parts, "discarded")
 
-    def lose(self, member: Member, taken: int) -> None:
+    def lose(self, worker: int, account: Account, taken: int) -> None:
         """A worker contributes nothing more, but for `taken` samples in the open step."""
-        member.account.lost += member.account.in_flight - taken
+        account.lost += account.in_flight - taken
 
-    def state(self, members: Sequence[Member]) -> dict[str, Any]:
-        """Return the accounts, to go on from: what is in flight now will be handed out again."""
-        return {"accounts": [{**vars(m.account), "handed": m.account.handed - m.account.in_flight} for m in members]}
+    def state(self) -> dict[str, Any]:
+        """Return what a later run needs to go on, beside the workers' accounts, in plain values."""
+        return {"by_cost": {str(k): vars(account) for k, account in self.by_cost.items()}}
 
-    def _enter(self, member: Member, work: Work, outcome: Outcome) -> None:
-        for account in self._accounts(member, work.own):
-            account.judge(outcome)
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.by_cost = {int(k): Account(**fields) for k, fields in state.get("by_cost", {}).items()}
 
-    def _tally(self, member: Member, parts: Sequence[Part], fate: Fate, *, is_settled: bool = True) -> None:
+    def _enter(self, account: Account, work: Work, outcome: Outcome) -> None:
+        for one in self._accounts(account, work.own):
+            one.judge(outcome)
+
+    def _tally(self, account: Account, parts: Sequence[Part], fate: Fate, *, is_settled: bool = True) -> None:
         for part in parts:
-            member.account.batches += part.batches * is_settled
-            for account in self._accounts(member, part):
-                account.tally(fate, part.samples)
+            account.batches += part.batches * is_settled
+            for one in self._accounts(account, part):
+                one.tally(fate, part.samples)
 
-    def _accounts(self, member: Member, part: Part) -> list[Account]:
+    def _accounts(self, account: Account, part: Part) -> list[Account]:
         if math.isnan(part.cost):
-            return [member.account]
-        return [member.account, self.by_cost.setdefault(math.frexp(part.cost)[1] - 1, Account())]
+            return [account]
+        return [account, self.by_cost.setdefault(math.frexp(part.cost)[1] - 1, Account())]
 
 
-class Retry(Discard):
-    """A late gradient's batches are computed again, at most `limit` times in a row."""
+@dataclass
+class Discard(LateWork):
+    """Discard late gradients' samples, as in the paper.
 
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self._limit = limit
-        self._again: Counter[int] = Counter()  # how often each worker has been given back what it has
+    Example:
+        >>> str(Discard())
+        'discard'
+    """
 
-    def accept(self, member: Member, work: Work) -> None:
+    def __str__(self) -> str:
+        """Return the form in words."""
+        return "discard"
+
+
+@dataclass
+class Retry(LateWork):
+    """Give a late gradient's batches to its worker again, to compute on the newest parameters.
+
+    Attributes:
+        limit: How often in a row the same batches come again, at least 1.
+
+    Example:
+        >>> str(Retry())
+        'retry:limit=3'
+    """
+
+    limit: int = 3
+    _times: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        _check_number("limit", self.limit, "Discard() gives late work up at once")
+
+    def accept(self, worker: int, work: Work) -> None:
         """It counts in the open step: the worker goes on to other batches."""
-        self._again[member.worker] = 0
+        self._times[worker] = 0
 
-    def _let_go(self, member: Member, work: Work, *, may_return: bool) -> None:
-        if may_return and self.goes_on and self._again[member.worker] < self._limit:
-            self._again[member.worker] += 1
-            self._tally(member, work.parts, "requeued", is_settled=False)
-        else:
-            self._again[member.worker] = 0
-            self._tally(member, work.parts, "discarded")
+    def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
+        again = may_return and self.goes_on and self._times[worker] < self.limit
+        self._times[worker] = self._times[worker] + 1 if again else 0
+        self._tally(account, work.parts, "requeued" if again else "discarded", is_settled=not again)
+        return again
+
+    def state(self) -> dict[str, Any]:
+        """Return the costs' accounts, and how often each worker has what it has."""
+        return {**super().state(), "times": {str(worker): times for worker, times in self._times.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        super().load(state)
+        self._times = Counter({int(worker): times for worker, times in state.get("times", {}).items()})
+
+    def __str__(self) -> str:
+        """Return for example `retry:limit=3`."""
+        return f"retry:limit={self.limit}"
 
 
-class Carry(Discard):
-    """A late gradient is added to its worker's next one, unless it has become too old by then."""
+@dataclass
+class Carry(LateWork):
+    """Add a late gradient to its worker's next one, so that updates have stale parts.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._carried: dict[int, Sequence[Part]] = {}  # in each worker's hands
+    Attributes:
+        max_staleness: How many versions old a carried gradient may be and still count, at least 1.
 
-    def begin(self, member: Member, header: Header) -> Work:
+    Example:
+        >>> str(Carry())
+        'carry:max_staleness=3'
+    """
+
+    max_staleness: int = 3
+    _carried: dict[int, Sequence[Part]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        _check_number("max_staleness", self.max_staleness, "Discard() gives late work up at once")
+
+    def begin(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
         """Take note of a gradient, and of what it carries or of what was given up."""
-        carried = self._carried.pop(member.worker, ())
-        if not header.carries:
-            self._tally(member, carried, "discarded")
-            return super().begin(member, header)
-        fresh = header.samples - sum(part.samples for part in carried)
-        return Work([*carried, Part(header.sequence, fresh, header.batches, header.cost)])
+        carried = self._carried.pop(worker, ())
+        if not carries:
+            self._tally(account, carried, "discarded")
+            return Work([part])
+        fresh = part.samples - sum(one.samples for one in carried)
+        return Work([*carried, Part(part.sequence, fresh, part.batches, part.cost)])
 
-    def _let_go(self, member: Member, work: Work, *, may_return: bool) -> None:
+    def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
         if may_return and self.goes_on:
-            self._carried[member.worker] = work.parts
+            self._carried[worker] = work.parts
         else:
-            self._tally(member, work.parts, "discarded")
+            self._tally(account, work.parts, "discarded")
+        return False
 
-    def pass_over(self, member: Member, header: Header, *, may_return: bool) -> None:
+    def pass_over(self, worker: int, account: Account, part: Part, *, may_return: bool) -> bool:
         """Batches left no gradient, so that there is none to carry."""
-        self._tally(member, super().begin(member, header).parts, "discarded")
+        self._tally(account, [part], "discarded")
+        return False
+
+    def __str__(self) -> str:
+        """Return for example `carry:max_staleness=3`."""
+        return f"carry:max_staleness={self.max_staleness}"
 
 
-class Requeue(Discard):
-    """A late gradient's batches go back to the pool, and so do those of workers that leave or die.
+@dataclass
+class Requeue(LateWork):
+    """Give a late gradient's batches back to a pool that deals each epoch to all workers.
+
+    So do those of workers that leave or die: every sample is used once an epoch, whoever is slow.
 
     Attributes:
         pool: Of the run's batches; none until the root's loop has begun.
+
+    Example:
+        >>> str(Requeue())
+        'requeue'
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool: SamplePool | None = None
+    pool: SamplePool | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def _lots(self) -> SamplePool:
+    def _batches(self) -> SamplePool:
         if self.pool is None:
             raise RuntimeError("batches were claimed before the root's loop had begun: the protocol is broken")
         return self.pool
 
     @property
     def remaining(self) -> int | None:
-        """How many lots are not used."""
+        """How many batches are not used."""
         return None if self.pool is None else self.pool.remaining
 
-    def claim(self, member: Member, behind: Sequence[int], batches: int) -> BatchId | None:
-        """Deal a lot; none where the root has not come to its loop, which is the end."""
+    def claim(self, worker: int, behind: Sequence[int], batches: int) -> BatchId | None:
+        """Deal a batch; none where the root has not come to its loop, which is the end."""
         if self.pool is None or not self.goes_on:
             return None
         if batches != self.pool.batches:
             raise ValueError(
-                f"the loader of worker {member.worker} makes {batches} batches an epoch and the root's "
+                f"the loader of worker {worker} makes {batches} batches an epoch and the root's "
                 f"{self.pool.batches}: all ranks must pass the same loader to session.batches"
             )
-        return self.pool.claim(member.worker, behind)
+        return self.pool.claim(worker, behind)
 
-    def begin(self, member: Member, header: Header) -> Work:
-        """Take note of a gradient and of the lots that it was computed from."""
-        lots = self._lots.take(member.worker, header.batches)
-        return Work(super().begin(member, header).parts, lots)
+    def begin(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
+        """Take note of a gradient and of the batches that it was computed from."""
+        return Work([part], self._batches.take(worker, part.batches))
 
     def is_used(self, work: Work) -> bool:
-        """Whether another worker was given one of its lots too, and was first."""
-        return self._lots.is_used(work.lots)
+        """Whether another worker was given one of its batches too, and was first."""
+        return self._batches.is_used(work.batches)
 
-    def accept(self, member: Member, work: Work) -> None:
+    def accept(self, worker: int, work: Work) -> None:
         """It counts in the open step."""
-        self._lots.use(work.lots)
+        self._batches.use(work.batches)
 
-    def use(self, member: Member, work: Work) -> None:
+    def use(self, worker: int, account: Account, work: Work) -> None:
         """Its step is published."""
-        super().use(member, work)
-        self._lots.settle(work.lots)
+        super().use(worker, account, work)
+        self._batches.settle(work.batches)
 
-    def _let_go(self, member: Member, work: Work, *, may_return: bool) -> None:
+    def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
         if may_return:
-            self._lots.give_back(member.worker, work.lots)
-            self._tally(member, work.parts, "requeued")
+            self._batches.give_back(worker, work.batches)
+            self._tally(account, work.parts, "requeued")
         else:
-            self._lots.give_up(member.worker, work.lots)
-            self._tally(member, work.parts, "discarded")
+            self._batches.give_up(worker, work.batches)
+            self._tally(account, work.parts, "discarded")
+        return False
 
-    def withdraw(self, member: Member, work: Work) -> None:
+    def withdraw(self, worker: int, work: Work) -> None:
         """It was announced, and its worker is gone."""
-        self._lots.give_back(member.worker, work.lots)
+        self._batches.give_back(worker, work.batches)
 
-    def abandon(self, member: Member, work: Work, *, is_told: bool) -> None:
+    def abandon(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
         """It was accepted into a step that will never close: it is in the pool again in any case."""
-        self._lots.restore(work.lots)
+        self._batches.restore(work.batches)
         if is_told:
-            self._tally(member, work.parts, "requeued")
+            self._tally(account, work.parts, "requeued")
 
-    def lose(self, member: Member, taken: int) -> None:
+    def lose(self, worker: int, account: Account, taken: int) -> None:
         """What a worker had in its hands goes back to the pool."""
-        member.account.requeued += member.account.in_flight - taken
+        account.requeued += account.in_flight - taken
         if self.pool is not None:
-            self.pool.leave(member.worker)
+            self.pool.leave(worker)
 
-    def state(self, members: Sequence[Member]) -> dict[str, Any]:
-        """Return the accounts and the pool."""
-        return {**super().state(members), "pool": None if self.pool is None else self.pool.state}
+    def state(self) -> dict[str, Any]:
+        """Return the costs' accounts and the pool."""
+        return {**super().state(), "pool": None if self.pool is None else self.pool.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; the pool, if it was one, is made for the loader by then."""
+        super().load(state)
+        if self.pool is not None:
+            self.pool.load(state["pool"])
+
+    def __str__(self) -> str:
+        """Return the form in words."""
+        return "requeue"
+
+
+def late_work_of(value: LateWork | str) -> LateWork:
+    """Return what an object or its form in words stands for.
+
+    Raises:
+        ValueError: It is no such form.
+        TypeError: It is neither.
+
+    Example:
+        >>> late_work_of("retry"), late_work_of("retry:5"), late_work_of("carry:max_staleness=2")
+        (Retry(limit=3), Retry(limit=5), Carry(max_staleness=2))
+    """
+    if isinstance(value, LateWork):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"on_late must be a word such as 'retry' or an object such as Retry(3), not {value!r}")
+    kind, _, number = value.partition(":")
+    kinds: dict[str, Callable[..., LateWork]] = {
+        "discard": Discard, "retry": Retry, "carry": Carry, "requeue": Requeue
+    }  # fmt: skip
+    own = {"retry": "limit", "carry": "max_staleness"}.get(kind)
+    name, _, digits = number.rpartition("=")
+    if kind not in kinds or (number and (own is None or name not in ("", own) or not digits.isdecimal())):
+        raise ValueError(f"on_late must be one of {', '.join(map(repr, kinds))}, not {value!r}")
+    return kinds[kind](int(digits)) if number else kinds[kind]()
+
+
+def _check_number(name: str, value: object, otherwise: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}; {otherwise}")

@@ -9,7 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync import settings
-from mpisync.aggregation.late_work import Discard
+from mpisync.aggregation.late_work import LateWork
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.fold import Reducer, warm
@@ -101,7 +101,7 @@ class Participant:
             return shared[0].board.parameters[0]
         return aligned_bytes(self.published.size_bytes if self.is_root else 0)
 
-    def root(self, *, weighted: bool = False, norms: bool = False, late: Discard | None = None) -> Root:
+    def root(self, *, weighted: bool = False, late: LateWork | None = None) -> Root:
         """Become the root; `parameters` must be filled by now."""
         return Root(
             self.meeting.peers,
@@ -111,7 +111,6 @@ class Participant:
             self.policy,
             self.reducer,
             weighted=weighted,
-            norms=norms,
             late=late,
             stall_report_s=settings.seconds_of("MPISYNC_STALL_REPORT_S"),
         )

@@ -11,7 +11,7 @@ class PayloadQueue:
     """Asks, and remembers whom it has still to ask.
 
     Args:
-        members: All workers.
+        members: All workers, by number.
 
     Attributes:
         queue: Those whose payload was announced and not asked for yet, in order of arrival.
@@ -21,13 +21,28 @@ class PayloadQueue:
         self._members = members
         self.queue: list[Member] = []
 
-    def add(self, member: Member) -> None:
+    def is_whole(self, worker: int) -> bool:
+        """Whether every byte of a worker's gradient is in this process's reach."""
+        return self._members[worker].link.is_whole(worker)
+
+    def release(self, worker: int) -> None:
+        """Forget a worker's gradient: it was folded, or nobody wants it."""
+        self._members[worker].link.release(worker)
+
+    def progress(self) -> list[int]:
+        """Return the workers whose asked-for gradient has become whole."""
+        links = {id(member.link): member.link for member in self._members}
+        return [worker for link in links.values() for worker in link.progress()]
+
+    def want(self, worker: int) -> None:
         """Let a worker stand in line, once."""
+        member = self._members[worker]
         if member.state is State.ANNOUNCED and member not in self.queue:
             self.queue.append(member)
 
-    def drop(self, member: Member) -> None:
+    def drop(self, worker: int) -> None:
         """Ask a worker for nothing."""
+        member = self._members[worker]
         if member in self.queue:
             self.queue.remove(member)
 

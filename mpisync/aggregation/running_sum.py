@@ -9,7 +9,8 @@ import numpy as np
 
 from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
-from mpisync.transport.layout import Block, Layout, SgdSpan, aligned_bytes
+from mpisync.transport.layout import Layout, SgdSpan, aligned_bytes
+from mpisync.transport.wire import GradientInfo
 
 
 @dataclass
@@ -26,44 +27,68 @@ class RunningSum:
 
     Gradients are taken note of first and folded several at a time, since each pass over the sum costs a read
     and a write of the model; how many are folded in a pass changes no bit of the result.
+
+    Args:
+        layout: Of a gradient.
+        reducer: Folds.
+        links: All from which gradients may come.
+        weighted: Weight gradients by their samples instead of equally.
+        norms: Compute squared norms with the mean.
+
+    Attributes:
+        mean: Where every step's mean will be, one array a segment, in the accumulator's dtype.
+        extras: What the gradients of the step carried along, in order of acceptance.
     """
 
     def __init__(
-        self, layout: Layout, reducer: Reducer, blocks: tuple[Block, ...], *, norms: bool
+        self, layout: Layout, reducer: Reducer, links: Sequence[RootLink], *, weighted: bool, norms: bool
     ) -> None:
         self.layout = layout
-        self._reducer, self._norms = reducer, norms
+        self._reducer, self._weighted, self._norms = reducer, weighted, norms
         self.mean = [
             aligned_bytes(s.count * s.dtype.accumulator.itemsize).view(s.dtype.accumulator)
             for s in layout.segments
         ]
+        blocks = layout.blocks if any(link.in_pieces for link in links) else layout.wholes
         self._blocks = [block for block in blocks if block.segment >= 0]
+        self._kinds = [segment.dtype for segment in layout.segments]
         self._pending: list[tuple[RootLink, int, float]] = []
+        self.extras: list[np.ndarray] = []
         self._is_empty = True
-        self._bound = 0.0  # no element of the sum can be larger in magnitude
-        self._gradient_squares = 0.0
+        self._bound = self._divisor = self._gradient_squares = 0.0
 
-    def add(self, link: RootLink, worker: int, weight: float | None, peak: float) -> None:
-        """Take note of a whole gradient, the largest magnitude in it `peak`; it must stay where it is until `fold`."""
-        factor = 1.0 if weight is None else weight
+    def add(self, link: RootLink, worker: int, info: GradientInfo) -> None:
+        """Take note of a whole gradient; but for what it carries along it must stay where it is until `fold`."""
+        factor = float(info.samples) if self._weighted else 1.0
         self._pending.append((link, worker, factor))
-        self._bound += factor * peak
+        self._divisor += factor
+        self._bound += factor * info.peak  # no element of the sum can be larger in magnitude
+        if self.layout.extras_bytes:
+            self.extras.append(link.gradient(worker, self.layout.blocks[-1]).copy())
 
     @property
-    def has_pending(self) -> bool:
-        """Whether gradients wait to be folded."""
-        return bool(self._pending)
+    def pending(self) -> list[int]:
+        """Workers whose gradients wait to be folded."""
+        return [worker for _, worker, _ in self._pending]
 
-    def fold(self, divisor: float | None = None, *, weighted: bool = False) -> Sums:
-        """Fold what is pending; with `divisor`, finish: the sum becomes the mean."""
-        sums = Sums(finite=True)
-        weights = [weight for *_, weight in self._pending] if weighted else None
+    def fold(self) -> None:
+        """Fold what is pending, so that its memory is free again."""
+        self._fold(None)
+
+    def finish(self) -> Sums:
+        """Fold what is pending, and make the sum the mean; the next gradient begins another sum."""
+        sums = self._fold(self._divisor)
+        sums.gradient_squares = self._gradient_squares
+        self.forget()
+        return sums
+
+    def _fold(self, divisor: float | None) -> Sums:
+        sums, weights = Sums(finite=True), self._weights()
         for block in self._blocks:
-            segment = self.layout.segments[block.segment]
             result = self._reducer.fold(
                 self.mean[block.segment][block.start : block.stop],
                 [link.gradient(worker, block) for link, worker, _ in self._pending],
-                segment.dtype,
+                self._kinds[block.segment],
                 start=self._is_empty,
                 weights=weights,
                 divisor=divisor,
@@ -74,28 +99,23 @@ class RunningSum:
             self._gradient_squares += sum(result.gradient_squares)
         self._pending.clear()
         self._is_empty = False
-        sums.gradient_squares = self._gradient_squares
-        if divisor is not None:
-            self.forget()
         return sums
 
-    def fused_sgd_step(
-        self, parameters: Sequence[np.ndarray], spans: Sequence[SgdSpan], divisor: float, *, weighted: bool
-    ) -> bool:
+    def _weights(self) -> list[float] | None:
+        return [weight for *_, weight in self._pending] if self._weighted else None
+
+    def fused_sgd_step(self, parameters: Sequence[np.ndarray], spans: Sequence[SgdSpan]) -> bool:
         """Fold what is pending and update parameters in the same pass, if the sum cannot but be finite.
 
         Args:
             parameters: One array a segment.
             spans: Which of them, and at which rates.
-            divisor: Turns the sum into the mean.
-            weighted: Whether the weights count.
         """
-        kinds = [segment.dtype for segment in self.layout.segments]
+        kinds, weights = self._kinds, self._weights()
         fits = all(kind.storage == kind.accumulator for kind in kinds) and self._pending and not self._norms
         # a float's own rounding adds at most a part in 2^23 an addition
         if not fits or not 1.01 * self._bound < min(float(np.finfo(kind.accumulator).max) for kind in kinds):
             return False
-        weights = [weight for *_, weight in self._pending] if weighted else None
         for block in self._blocks:
             gradients = [link.gradient(worker, block) for link, worker, _ in self._pending]
             for span in spans:
@@ -108,7 +128,7 @@ class RunningSum:
                         kinds[block.segment],
                         accumulator=None if self._is_empty else self.mean[block.segment][start:stop],
                         weights=weights,
-                        divisor=divisor,
+                        divisor=self._divisor,
                         rate=span.rate,
                     )
         self.forget()
@@ -117,4 +137,6 @@ class RunningSum:
     def forget(self) -> None:
         """Begin a new sum."""
         self._pending.clear()
-        self._is_empty, self._bound, self._gradient_squares = True, 0.0, 0.0
+        self.extras = []  # whoever has the old ones keeps them
+        self._is_empty = True
+        self._bound = self._divisor = self._gradient_squares = 0.0

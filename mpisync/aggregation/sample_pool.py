@@ -1,23 +1,23 @@
 """The pool of an epoch's batches: whoever claims one has it, and what did not count comes back.
 
-A lot is one batch of one epoch's order, which every worker can work out by itself, so that only two numbers travel. It
-is *fresh* until somebody claims it, *out* while at least one worker holds it, and then *used*, or *returned*, to be
-claimed before any fresh one. Used is for ever: whoever still holds a used lot holds nothing.
+A batch is known by its id, two numbers from which every worker can work out its samples. It is *fresh* until somebody
+claims it, *out* while at least one worker holds it, and then *used*, or *returned*, to be claimed before any fresh one.
+Used is for ever: whoever still holds a used batch holds nothing.
 
-A lot may be out with several workers, since one that hangs gives nothing back: another gets it too where its holder is
-so far behind that it will be late, and where nothing else is left. The first accepted gradient of it uses it.
+A batch may be out with several workers, since one that hangs gives nothing back: another gets it too where its holder
+is so far behind that it will be late, and where nothing else is left. The first accepted gradient of it uses it.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class BatchId(NamedTuple):
-    """One batch: which of which epoch's order."""
+    """The id of a batch: its number in which epoch's order."""
 
     epoch: int
     batch: int
@@ -29,7 +29,6 @@ class SamplePool:
     Args:
         batches: How many an epoch has.
         epochs: How many epochs there are; None for any number.
-        state: What `state` returned, to go on from there.
 
     Example:
         >>> pool = SamplePool(batches=2, epochs=1)
@@ -40,116 +39,122 @@ class SamplePool:
         (True, 1)
     """
 
-    def __init__(self, batches: int, epochs: int | None = None, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, batches: int, epochs: int | None = None) -> None:
         self.batches, self._epochs = batches, epochs
         self._fresh = BatchId(0, 0)
         self._returned: list[BatchId] = []
-        if state is not None:
-            if state["batches"] != batches:
-                raise ValueError(
-                    f"the run to go on with had {state['batches']} batches an epoch and this one has {batches}: its "
-                    "place in the data means nothing with other data or another batch size"
-                )
-            self._fresh = BatchId(*state["fresh"])
-            self._returned = sorted(BatchId(*lot) for lot in state["returned"])
         self._out: dict[BatchId, set[int]] = {}  # who holds it, in order of first claims
         self._held: dict[int, deque[BatchId]] = {}  # by each worker, in order of its claims; used ones too
         self._open: set[BatchId] = set()  # used by a step that is not published yet
 
     @property
     def remaining(self) -> int | None:
-        """How many lots are not used; None where there is no end to them."""
+        """How many batches are not used; None where there is no end to them."""
         if self._epochs is None:
             return None
         fresh = (self._epochs - self._fresh.epoch) * self.batches - self._fresh.batch
         return max(fresh, 0) + len(self._returned) + len(self._out)
 
     def claim(self, worker: int, behind: Iterable[int] = ()) -> BatchId | None:
-        """Give a worker the next lot; None where there is none that it could use.
+        """Give a worker the next batch; None where there is none that it could use.
 
         Args:
             worker: Who claims it.
             behind: Workers that compute at parameters so old that their gradients will be late.
         """
-        lot = self._late_for_sure(worker, behind)
-        if lot is None and self._returned:
-            lot = heapq.heappop(self._returned)
-        if lot is None and (self._epochs is None or self._fresh.epoch < self._epochs):
-            lot = self._fresh
-            is_last = lot.batch + 1 == self.batches
-            self._fresh = BatchId(lot.epoch + 1, 0) if is_last else BatchId(lot.epoch, lot.batch + 1)
-        if lot is None:
-            others = [(len(holders), lot) for lot, holders in self._out.items() if worker not in holders]
-            lot = min(others)[1] if others else None
-        if lot is not None:
-            self._out.setdefault(lot, set()).add(worker)
-            self._held.setdefault(worker, deque()).append(lot)
-        return lot
+        batch_id = self._surely_late(worker, behind)
+        if batch_id is None and self._returned:
+            batch_id = heapq.heappop(self._returned)
+        if batch_id is None and (self._epochs is None or self._fresh.epoch < self._epochs):
+            batch_id = self._fresh
+            is_last = batch_id.batch + 1 == self.batches
+            self._fresh = BatchId(batch_id.epoch + 1, 0) if is_last else BatchId(batch_id.epoch, batch_id.batch + 1)
+        if batch_id is None:
+            others = [(len(holders), batch_id) for batch_id, holders in self._out.items() if worker not in holders]
+            batch_id = min(others)[1] if others else None
+        if batch_id is not None:
+            self._out.setdefault(batch_id, set()).add(worker)
+            self._held.setdefault(worker, deque()).append(batch_id)
+        return batch_id
 
-    def _late_for_sure(self, worker: int, behind: Iterable[int]) -> BatchId | None:
-        """The lot that such a worker computes on, unless another has it already."""
+    def _surely_late(self, worker: int, behind: Iterable[int]) -> BatchId | None:
+        """The batch that such a worker computes on, unless another has it already."""
         for other in behind:
-            lot = next((lot for lot in self._held.get(other, ()) if lot in self._out), None)
-            if lot is not None and self._out[lot] == {other} and other != worker:
-                return lot
+            batch_id = next((batch_id for batch_id in self._held.get(other, ()) if batch_id in self._out), None)
+            if batch_id is not None and self._out[batch_id] == {other} and other != worker:
+                return batch_id
         return None
 
     def take(self, worker: int, count: int) -> list[BatchId]:
-        """Take the first `count` lots from a worker's hands: it has computed on them, or passed them over."""
+        """Take the first `count` batches from a worker's hands: it has computed on them, or passed them over."""
         held = self._held.get(worker, deque())
         return [held.popleft() for _ in range(min(count, len(held)))]
 
-    def is_used(self, lots: Iterable[BatchId]) -> bool:
+    def is_used(self, ids: Iterable[BatchId]) -> bool:
         """Whether any of these, which were out, is used meanwhile."""
-        return any(lot not in self._out for lot in lots)
+        return any(batch_id not in self._out for batch_id in ids)
 
-    def use(self, lots: Iterable[BatchId]) -> None:
+    def use(self, ids: Iterable[BatchId]) -> None:
         """They count: nobody else's copy of them will."""
-        for lot in lots:
-            self._out.pop(lot, None)
-            self._open.add(lot)
+        for batch_id in ids:
+            self._out.pop(batch_id, None)
+            self._open.add(batch_id)
 
-    def settle(self, lots: Iterable[BatchId]) -> None:
+    def settle(self, ids: Iterable[BatchId]) -> None:
         """The step that used them is published."""
-        self._open.difference_update(lots)
+        self._open.difference_update(ids)
 
-    def restore(self, lots: Iterable[BatchId]) -> None:
-        """Used lots did not count after all."""
-        for lot in lots:
-            self._open.discard(lot)
-            heapq.heappush(self._returned, lot)
+    def restore(self, ids: Iterable[BatchId]) -> None:
+        """Used batches did not count after all."""
+        for batch_id in ids:
+            self._open.discard(batch_id)
+            heapq.heappush(self._returned, batch_id)
 
-    def give_back(self, worker: int, lots: Iterable[BatchId]) -> None:
+    def give_back(self, worker: int, ids: Iterable[BatchId]) -> None:
         """They did not count: others may claim them, if they have not done so."""
-        for lot in lots:
-            holders = self._out.get(lot, set())
+        for batch_id in ids:
+            holders = self._out.get(batch_id, set())
             holders.discard(worker)
-            if lot in self._out and not holders:
-                del self._out[lot]
-                heapq.heappush(self._returned, lot)
+            if batch_id in self._out and not holders:
+                del self._out[batch_id]
+                heapq.heappush(self._returned, batch_id)
 
-    def give_up(self, worker: int, lots: Collection[BatchId]) -> None:
+    def give_up(self, worker: int, ids: Collection[BatchId]) -> None:
         """They will never count, unless somebody else holds them too."""
-        self.give_back(worker, lots)
-        self._returned = [lot for lot in self._returned if lot not in lots]
+        self.give_back(worker, ids)
+        self._returned = [batch_id for batch_id in self._returned if batch_id not in ids]
         heapq.heapify(self._returned)
 
     def leave(self, worker: int) -> None:
         """A worker claims nothing more: what it holds comes back."""
         self.give_back(worker, self._held.pop(worker, ()))
 
-    @property
     def state(self) -> dict[str, Any]:
-        """What no published step has used, in numbers and lists; what is out now will be claimed again."""
+        """Return what no published step has used, in numbers and lists; what is out now will be claimed again."""
         left = sorted([*self._returned, *self._out, *self._open])
-        return {"batches": self.batches, "fresh": list(self._fresh), "returned": [list(lot) for lot in left]}
+        return {"batches": self.batches, "fresh": list(self._fresh), "returned": [list(one) for one in left]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, of a pool that has dealt nothing yet.
+
+        Raises:
+            ValueError: That run had another number of batches an epoch.
+        """
+        if state["batches"] != self.batches:
+            raise ValueError(
+                f"the run to go on with had {state['batches']} batches an epoch and this one has {self.batches}: its "
+                "place in the data means nothing with other data or another batch size"
+            )
+        self._fresh = BatchId(*state["fresh"])
+        self._returned = sorted(BatchId(*one) for one in state["returned"])
 
 
 class ReplayedPool(SamplePool):
     """Deals what a record says, so that its replay computes on the same batches.
 
     Args:
-        lots: Those of each worker's gradients, in order.
+        batches: How many an epoch has.
+        ids: Those of each worker's gradients, in order.
 
     Example:
         >>> script = ReplayedPool(2, [[[BatchId(0, 1)]], []])
@@ -157,13 +162,13 @@ class ReplayedPool(SamplePool):
         (BatchId(epoch=0, batch=1), None)
     """
 
-    def __init__(self, batches: int, lots: Sequence[Sequence[Sequence[BatchId]]]) -> None:
+    def __init__(self, batches: int, ids: Sequence[Sequence[Sequence[BatchId]]]) -> None:
         super().__init__(batches)
-        self._due = [deque(lot for gradient in own for lot in gradient) for own in lots]
-        self._gradients = [deque(map(list, own)) for own in lots]
+        self._due = [deque(batch_id for gradient in own for batch_id in gradient) for own in ids]
+        self._gradients = [deque(map(list, own)) for own in ids]
 
     def claim(self, worker: int, behind: Iterable[int] = ()) -> BatchId | None:
-        """Give a worker the lot that it had in the recorded run."""
+        """Give a worker the batch that it had in the recorded run."""
         own = self._due[worker]
         return own.popleft() if own else None
 
@@ -174,19 +179,18 @@ class ReplayedPool(SamplePool):
             RuntimeError: In the recorded run it was computed from more batches, or from fewer.
         """
         own = self._gradients[worker]
-        lots = own.popleft() if own else []
-        if len(lots) != count:
+        ids = own.popleft() if own else []
+        if len(ids) != count:
             raise RuntimeError(
                 f"the replay left its record: worker {worker}'s gradient comes from {count} batches and is recorded "
-                f"with {len(lots)}; a loop that passes batches over cannot be replayed under on_late='requeue'"
+                f"with {len(ids)}; a loop that passes batches over cannot be replayed under on_late='requeue'"
             )
-        return lots
+        return ids
 
-    def is_used(self, lots: Iterable[BatchId]) -> bool:
+    def is_used(self, ids: Iterable[BatchId]) -> bool:
         """The record's verdicts are the replay's."""
         return False
 
-    @property
     def state(self) -> dict[str, Any]:
-        """None to go on from: the run that is repeated has its own."""
+        """Return nothing to go on from: the run that is repeated has its own."""
         return {}

@@ -7,12 +7,11 @@ import sys
 from functools import partial
 
 from mpisync import ending, settings
-from mpisync.aggregation.answers import answer
 from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
-from mpisync.transport.wire import Header, Kind, Status
+from mpisync.transport.wire import Header, Kind
 
 ENDED = "the training has ended"
 _LOOK_S = 0.05
@@ -21,9 +20,7 @@ _FAILED_GRACE_S = 3.0  # for ranks that still compute when another has failed
 _GOODBYE_S = 5.0
 
 
-def farewell(
-    root: Root, *, grace_s: float, stopped_grace_s: float, failure: str = ""
-) -> list[Member]:
+def farewell(root: Root, *, grace_s: float, stopped_grace_s: float, failure: str = "") -> list[Member]:
     """End the training on every worker and wait for their goodbyes.
 
     A worker that still computes is merely late: it learns its verdict, has the final parameters and
@@ -38,57 +35,48 @@ def farewell(
     Returns:
         The workers that never came.
     """
-    began_s = root.clock()
+    began_s, roster = root.clock(), root.roster
     root.end(failure)
     root.abandon()
-    for member in root.members:
-        if member.state in (State.ANNOUNCED, State.WANTED, State.ACCEPTED):
+    for member in roster.members:
+        if member.pending_header is not None and member.is_alive:
             _too_late(root, member)
         elif member.waits_for >= 0 or member.state is State.LEFT:
-            root.serve_parameters(member)
+            roster.serve_parameters(member)
     while True:
         heard = root.inbox.take()
         while heard:
             _, _, header = heard.popleft()
-            _hear(root, root.members[header.worker], header)
-        for link in root.links:
-            link.progress()
-            link.flush()
+            _hear(root, roster.members[header.worker], header)
+        root.payloads.progress()
+        roster.flush()
+        for member in roster.ended():
+            root.lose(member, State.LOST)
         waited_s = root.clock() - began_s
-        left = [member for member in root.members if not _is_gone(root, member)]
+        left = [member for member in roster.members if member.state not in (State.GONE, State.LOST)]
         if not left or waited_s > grace_s:
             return left
-        if waited_s > stopped_grace_s and all(_is_stopped(root, member) for member in left):
+        if waited_s > stopped_grace_s and all(map(roster.is_stopped, left)):
             return left
-        root.wait(_LOOK_S)
+        roster.wait(_LOOK_S)
 
 
 def _hear(root: Root, member: Member, header: Header) -> None:
     if header.kind == Kind.GRADIENT:
-        root.announced(member, header, root.clock(), is_tie=False)
+        root.register(header, root.clock())
         _too_late(root, member)
     elif header.kind != Kind.FAIL:
-        answer(root, member, header)
+        root.answer(member, header)
     else:  # one failure has ended it already, or it fails after a good end: its own exit tells
         root.note(member, header)
     if member.state is not State.GONE:
-        root.serve_parameters(member)
+        root.roster.serve_parameters(member)
 
 
 def _too_late(root: Root, member: Member) -> None:
-    root.refuse(member, Status.LATE, ENDED)
-    root.serve_parameters(member)
-
-
-def _is_gone(root: Root, member: Member) -> bool:
-    if member.state not in (State.GONE, State.LOST) and root.me.sees(member.peer):
-        if member.peer.state() is None:
-            root.lose(member, State.LOST)
-    return member.state in (State.GONE, State.LOST)
-
-
-def _is_stopped(root: Root, member: Member) -> bool:
-    return root.me.sees(member.peer) and member.peer.state() in ("T", "t")
+    root.collector.give_up(member.worker, ENDED)
+    root.tell()
+    root.roster.serve_parameters(member)
 
 
 def failure_of(error: BaseException | None) -> str:
@@ -104,7 +92,7 @@ def leave_root(root: Root, error: BaseException | None) -> None:
     """End the training as the root, wait for the workers, and see to those that never come."""
     failure = failure_of(error)
     if failure and not isinstance(error, PeerFailed):
-        failure = f"the root, {root.me}, failed: {failure}"
+        failure = f"the root, {root.roster.me}, failed: {failure}"
     failed = bool(failure)
     grace_s = _FAILED_GRACE_S if failed else settings.seconds_of("MPISYNC_GRACE_S")
     left = farewell(
@@ -117,9 +105,9 @@ def leave_root(root: Root, error: BaseException | None) -> None:
             file=sys.stderr,
             flush=True,
         )
-        if root.me.sees(peer):
+        if root.roster.me.sees(peer):
             ending.kill_at_exit(peer.pid, str(peer), partial(peer.signal, signal.SIGKILL))
-    root.close()
+    root.roster.close()
 
 
 def leave_worker(worker: Worker, error: BaseException | None) -> bool:

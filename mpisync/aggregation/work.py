@@ -1,4 +1,4 @@
-"""What a gradient was computed from."""
+"""A gradient as the root knows it, and what it was computed from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpisync.aggregation.sample_pool import BatchId
+from mpisync.policies import Arrival
+from mpisync.transport.wire import GradientInfo
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Work:
     """What a gradient was computed from."""
 
     parts: Sequence[Part]  # its own last; before it those of the late gradients that are added in
-    lots: Sequence[BatchId] = ()
+    batches: Sequence[BatchId] = ()  # where they came from a pool
 
     @property
     def own(self) -> Part:
@@ -34,3 +36,18 @@ class Work:
     def carried(self) -> list[int]:
         """Sequences of the late gradients that are added in."""
         return [part.sequence for part in self.parts[:-1]]
+
+
+@dataclass
+class Gradient:
+    """A gradient that was announced, until its verdict and through its step."""
+
+    arrival: Arrival
+    info: GradientInfo
+    work: Work
+    is_tie: bool = False  # whether chance decided between it and another
+
+    @property
+    def worker(self) -> int:
+        """Who computed it."""
+        return self.arrival.worker

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.verdict import Verdict
 from mpisync.transport.base import End, WorkerLink
 from mpisync.transport.peers import Peer, peak_rss_bytes
-from mpisync.transport.wire import Header, Kind, Reply, Status
+from mpisync.transport.wire import GradientInfo, Header, Kind, Reply, Status
 
 _T = TypeVar("_T")
 _SHORTEST_S, _LONGEST_S = 1e-3, 20e-3
@@ -47,6 +46,7 @@ class Worker:
         self.version = -1
         self.sequence = 0
         self.handed = 0  # samples handed to the loop
+        self.again = False  # whether the newest gradient's batches are to be computed on again
         self.ended: End | None = None
         self._me, self._root = peers[rank], peers[-1]
         self._incarnation, self._ordinal = incarnation, 0
@@ -71,7 +71,7 @@ class Worker:
         return version
 
     def _newest_or_end(self) -> int | None:
-        if self._has_ended():
+        if self._ended() is not None:
             return -1
         newest = self.link.newest()
         return newest if self._resume is not None and newest >= self._resume else None
@@ -92,49 +92,20 @@ class Worker:
         self.version = version if version >= 0 else self.version
         return version >= 0 or None
 
-    def push(
-        self,
-        *,
-        peak: float,
-        samples: int = 1,
-        loss: float = math.nan,
-        data_s: float = 0.0,
-        fingerprint: int = 0,
-        batches: int = 0,
-        carries: bool = False,
-        cost: float = math.nan,
-    ) -> Verdict:
-        """Send the gradient in `link.gradient` and wait for its verdict.
+    def push(self, info: GradientInfo) -> Verdict:
+        """Send the gradient in `link.gradient` and wait for its verdict; `again` then says what its batches do.
 
         Args:
-            peak: The largest magnitude in it; inf where an element is not finite.
-            samples: How many samples it is the mean of.
-            loss: Their loss.
-            data_s: How long this worker waited for them.
-            fingerprint: What two workers share only if they computed the same gradient.
-            batches: How many batches it was computed from.
-            carries: Whether this worker's late gradients are added in.
-            cost: Of one of its batches, as the loop says.
+            info: What is to be known of it; how long it was computed is filled in here.
 
         Raises:
             PeerFailed: Another rank failed.
         """
         now_s = time.monotonic()
-        reply = self._ask(
-            Kind.GRADIENT,
-            peak=peak,
-            samples=samples,
-            loss=loss,
-            compute_s=now_s - self._pulled_s - data_s,
-            data_s=data_s,
-            stamp_s=now_s,
-            fingerprint=fingerprint,
-            batches=batches,
-            carries=carries,
-            cost=cost,
-        )
+        info = info._replace(compute_s=now_s - self._pulled_s - info.data_s)
+        reply = self._ask(Kind.GRADIENT, info, now_s)
         self.sequence += 1
-        self._resume = reply.resume
+        self._resume, self.again = reply.resume, bool(reply.again)
         return Verdict(
             reply.step,
             reply.status == Status.ACCEPTED,
@@ -150,12 +121,12 @@ class Worker:
         Args:
             batches: How many an epoch has, by this worker's loader.
         """
-        reply = self._ask(Kind.CLAIM, batches=batches)
+        reply = self._ask(Kind.CLAIM, GradientInfo(batches=batches))
         return None if reply.batch < 0 else BatchId(reply.epoch, reply.batch)
 
-    def pass_over(self, *, samples: int, batches: int) -> bool:
-        """Tell that batches left no gradient; whether it would have been late."""
-        return self._ask(Kind.PASS, samples=samples, batches=batches).status == Status.LATE
+    def pass_over(self, *, samples: int, batches: int) -> None:
+        """Tell that batches left no gradient; `again` then says whether they are to be had once more."""
+        self.again = bool(self._ask(Kind.PASS, GradientInfo(samples=samples, batches=batches)).again)
 
     def is_stale(self) -> bool:
         """Whether the version being computed on is superseded already."""
@@ -169,17 +140,14 @@ class Worker:
 
     def finish(self) -> None:
         """Contribute nothing more, wait for the end of the training and its final parameters."""
-        if not self._has_ended() or self.link.newest() != self._the_end().version:
+        end = self._ended()
+        if end is None or self.link.newest() != end.version:
             # also where the end overtook older parameters: ask for the last
-            self._ask(Kind.LEAVE, peak_rss_bytes=peak_rss_bytes())
-            self._wait(self._has_ended, "the end of the training")
-        final = self._the_end().version
+            self._ask(Kind.LEAVE)
+            end = self._wait(self._ended, "the end of the training")
+        final = end.version
         self._wait(lambda: self.link.newest() >= final or None, "the final parameters")
         self.version = final
-
-    def _the_end(self) -> End:
-        assert self.ended is not None
-        return self.ended
 
     def fail(self, text: str) -> None:
         """Tell the root that this worker's loop ended with an exception."""
@@ -188,7 +156,7 @@ class Worker:
 
     def say_goodbye(self, timeout_s: float) -> None:
         """Send the last message and complete all sends, for at most `timeout_s` if the root hangs."""
-        ordinal = self._send(Kind.BYE, peak_rss_bytes=peak_rss_bytes())
+        ordinal = self._send(Kind.BYE)
         give_up_s = time.monotonic() + timeout_s
         while self.link.reply(ordinal) is None and self._root_lives():
             if time.monotonic() > give_up_s:
@@ -196,26 +164,23 @@ class Worker:
             self.link.wait(_SHORTEST_S)
         self.link.close()
 
+    # -- restoring ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, int]:
+        """Return what a later run of this worker needs to go on."""
+        return {"sequence": self.sequence, "handed": self.handed}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken; before the first `pull`."""
+        self.sequence, self.handed = state["sequence"], state["handed"]
+
     # -- messages ----------------------------------------------------------------------------------
 
     def _send(
-        self,
-        kind: Kind,
-        *,
-        samples: int = 0,
-        loss: float = math.nan,
-        compute_s: float = 0.0,
-        data_s: float = 0.0,
-        stamp_s: float = 0.0,
-        fingerprint: int = 0,
-        peak: float = 0.0,
-        batches: int = 0,
-        carries: bool = False,
-        cost: float = math.nan,
-        peak_rss_bytes: int = 0,
-        text: str = "",
+        self, kind: Kind, info: GradientInfo | None = None, stamp_s: float | None = None, *, text: str = ""
     ) -> int:
         self._ordinal += 1
+        is_last = kind in (Kind.LEAVE, Kind.BYE)
         header = Header(
             self._incarnation,
             kind,
@@ -223,36 +188,27 @@ class Worker:
             self._ordinal,
             self.sequence,
             self.version,
-            samples,
             self.handed,
-            loss,
-            compute_s,
-            data_s,
-            stamp_s or time.monotonic(),
-            fingerprint,
-            peak,
-            batches,
-            carries,
-            cost,
-            peak_rss_bytes,
+            time.monotonic() if stamp_s is None else stamp_s,
+            GradientInfo() if info is None else info,
+            peak_rss_bytes() if is_last else 0,
             text,
         )
         self.link.send(header)
         return self._ordinal
 
-    def _ask(self, kind: Kind, **fields: float | int | str) -> Reply:
-        ordinal = self._send(kind, **fields)  # type: ignore[arg-type]
+    def _ask(self, kind: Kind, info: GradientInfo | None = None, stamp_s: float | None = None) -> Reply:
+        ordinal = self._send(kind, info, stamp_s)
         return self._wait(lambda: self.link.reply(ordinal), "the root's reply")
 
-    def _has_ended(self) -> bool | None:
+    def _ended(self) -> End | None:
         """Notice the end; a failure is raised at once, an end once the final parameters can be had."""
         end = self.link.end()
-        if end is None:
-            return None
-        self.ended = end
-        if end.failure:
-            raise PeerFailed(end.failure)
-        return True
+        if end is not None:
+            self.ended = end
+            if end.failure:
+                raise PeerFailed(end.failure)
+        return end
 
     def _wait(self, ready: Callable[[], _T | None], what: str) -> _T:
         """Sleep until `ready` returns something, looking after the root meanwhile."""

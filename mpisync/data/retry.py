@@ -1,4 +1,4 @@
-"""A late gradient's batches, once more."""
+"""A late gradient's batches, once more, where the root says so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class RetriedBatches:
 
     Args:
         batches: Where new ones come from.
-        limit: How often in a row the same ones are handed out again.
         worker: This worker's number.
         seed: The run's.
 
@@ -31,12 +30,10 @@ class RetriedBatches:
         batch_samples: Samples in the newest batch.
     """
 
-    def __init__(self, batches: Batches, limit: int, *, worker: int, seed: int) -> None:
-        self._batches, self._limit = batches, limit
-        self._worker, self._seed = worker, seed
+    def __init__(self, batches: Batches, *, worker: int, seed: int) -> None:
+        self._batches, self._worker, self._seed = batches, worker, seed
         self._handed: list[_Handed] = []  # since the last gradient
         self._next: list[_Handed] = []
-        self._times = 0
         self.data_s = 0.0
         self.batch_samples = 0
 
@@ -55,10 +52,9 @@ class RetriedBatches:
         self._handed.append(handed)
         return handed.batch, handed.sequence
 
-    def judged(self, *, is_late: bool) -> None:
-        """Take note of what became of the batches handed out since the last time."""
-        self._times = self._times + 1 if is_late and self._times < self._limit else 0
-        if self._times:
+    def judged(self, *, again: bool) -> None:
+        """Take note of what the root said of the batches handed out since the last time."""
+        if again:
             self._next = [*self._handed, *self._next]
         self._handed = []
 

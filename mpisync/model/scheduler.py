@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -31,6 +32,7 @@ class Schedule:
 
     def advance(self, loss: float) -> None:
         """Step for a new version, made from gradients with this mean loss."""
+        self._version += 1
         if self._scheduler is None:
             return
         if not self._wants_loss:
@@ -55,6 +57,17 @@ class Schedule:
         for _ in range(version - self._version):
             self._step(self._scheduler)
         self._version = version
+
+    def state(self) -> dict[str, Any]:
+        """Return the version that the scheduler is at, and its own state."""
+        own = None if self._scheduler is None else self._scheduler.state_dict()
+        return {"version": self._version, "scheduler": own}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._version = state["version"]
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
 
 
 def check_scheduler(scheduler: Any | None, optimizer: Optimizer) -> None:  # noqa: ANN401

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,11 @@ from mpisync.kernels.fold import Reducer
 from mpisync.model.tensor_layout import TensorLayout
 from mpisync.transport.layout import SgdSpan
 
+Averages = Sequence[tuple[nn.Parameter, Tensor]]
+"""Each parameter with its average."""
+
+_MANY_ELEMENTS = 1_000_000  # nobody would notice what an update of fewer takes
+_GAINING = ("Adagrad", "Adam", "AdamW")  # SGD has a fused update too, and gains little by it
 _UNSUPPORTED_BY_FUSED = ("momentum", "weight_decay", "nesterov", "maximize", "differentiable", "fused")
 
 
@@ -77,6 +84,16 @@ class Update:
                 current = [parameter.data for parameter in self._parameters]
                 torch._foreach_lerp_(self._average, current, 1 - self._decay)
 
+    def state(self) -> dict[str, Any]:
+        """Return copies of the average's tensors; the optimizer's state is its own."""
+        return {"average": [average.clone() for average in self._average] if self._decay is not None else None}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        if self._decay is not None:
+            torch._foreach_copy_(self._average, state["average"])
+
 
 def _is_plain(optimizer: Optimizer) -> bool:
     """Whether a step of this optimizer is torch's own SGD's and nothing more."""
@@ -93,3 +110,42 @@ def _matches_torch_rounding() -> bool:
     after = before.numpy().copy()
     Reducer().fused_sgd_step(after, [mean.numpy()], DTYPES["float32"], rate=0.3)
     return torch.equal(torch.from_numpy(after), before.add(mean, alpha=-0.3))
+
+
+def advice_on(optimizer: Optimizer) -> str:
+    """Say where a fused update would be several times faster on a CPU; "" where it would not.
+
+    Measured with 16 million float32 parameters in 16 tensors, 2 threads, torch 2.13: AdamW 120 ms and 12 fused, Adam 68
+    and 15, Adagrad 86 and 17; SGD with momentum 16 and 10.
+    """
+    kind = type(optimizer)
+    if kind.__name__ not in _GAINING or not kind.__module__.startswith("torch.optim"):
+        return ""
+    slow = [group for group in optimizer.param_groups if group.get("fused", True) in (None, False)]
+    elements = sum(parameter.numel() for group in slow for parameter in group["params"])
+    if elements < _MANY_ELEMENTS:
+        return ""
+    return (
+        f"mpisync: every step waits for the update of {elements / 1e6:.1f} million parameters: "
+        f"torch.optim.{kind.__name__}(..., fused=True) makes it 4 to 10 times faster on a CPU"
+    )
+
+
+def averaged_state(model: nn.Module, averages: Averages) -> dict[str, Any]:
+    """Return the model's state_dict with the averages in place of their parameters.
+
+    Its tensors are the averages themselves and copies of the model's others.
+    """
+    own = [parameter.data for parameter, _ in averages]
+    try:
+        for parameter, average in averages:
+            parameter.data = average
+        state: dict[str, Any] = model.state_dict()
+    finally:
+        for (parameter, _), data in zip(averages, own, strict=True):
+            parameter.data = data
+    private = {average.untyped_storage().data_ptr() for _, average in averages}
+    for name, value in list(state.items()):
+        if not (isinstance(value, Tensor) and value.untyped_storage().data_ptr() in private):
+            state[name] = copy.deepcopy(value)
+    return state

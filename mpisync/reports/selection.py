@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpisync.records.schema import recorded_late_work
 from mpisync.reports.columns import LATE, Run
 
 __all__ = ["AGAIN", "NO_COST", "Group", "Selection", "chi_square_tail", "select"]
@@ -93,12 +94,11 @@ def select(run: Run) -> Selection | None:
 
 def _computed_again(run: Run) -> np.ndarray:
     """Say which late gradients were not given up."""
-    gradients, settings = run.gradients, run.header.settings
+    gradients, (kind, limit) = run.gradients, recorded_late_work(run.header)
     late = np.asarray(gradients["verdict"] == LATE)
-    on_late, limit = settings.get("on_late"), settings.get("late_limit")
-    if on_late not in AGAIN:
+    if kind not in AGAIN:
         return np.zeros_like(late)
-    if on_late == "retry" and isinstance(limit, int) and limit > 0:
+    if kind == "retry" and limit:
         # After so many times in a row the next batch comes, and its count begins.
         order = np.lexsort((gradients["sequence"], gradients["worker"]))
         places, begins = np.arange(len(order)), np.diff(gradients["worker"][order], prepend=-1) != 0

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from mpisync.records.schema import recorded_late_work
 from mpisync.reports.columns import ACCEPTED, LATE, REJECTED, Run
 from mpisync.reports.figures import SPLIT, Figures, seconds_to_loss
 from mpisync.reports.selection import AGAIN, Selection
@@ -19,8 +20,8 @@ _NOTEWORTHY = 1.5  # times the typical worker's, from which a worker is called s
 
 def policy_of(run: Run) -> str:
     """Return a run's policy, and what it does with late work if not discard it."""
-    on_late = run.header.settings.get("on_late")
-    return f"{safe(run.header.policy, 60)}{f', on_late={on_late}' if on_late in _NOT_DISCARDED else ''}"
+    kind, _ = recorded_late_work(run.header)
+    return f"{safe(run.header.policy, 60)}{f', on_late={kind}' if kind in _NOT_DISCARDED else ''}"
 
 
 def ending(run: Run) -> str:
@@ -96,7 +97,7 @@ def _fates(figures: Figures) -> str:
 def _became(figures: Figures, late: int) -> str:
     """Say what became of so many late gradients."""
     verb = "was" if late == 1 else "were"
-    if figures.run.header.settings.get("on_late") in AGAIN:
+    if recorded_late_work(figures.run.header)[0] in AGAIN:
         return f"{verb} computed again"
     added = int((figures.run.gradients["counted"] & (figures.run.gradients["verdict"] == LATE)).sum())
     return f"{verb} discarded{f' but for {added:,} that were added to later ones' if added else ''}"

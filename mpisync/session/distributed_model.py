@@ -56,8 +56,7 @@ class DistributedModel:
             "weight": options.weight,
             "ema": options.ema,
             "own_copy": options.own_copy,
-            "on_late": options.on_late,
-            "late_limit": options.late_limit,
+            "on_late": str(options.on_late),
         }
         content = json.dumps([said, self.flat.signature().decode()])
         self.place = Participant(comm, Proposal(content), _differ, layout, published, options.policy)

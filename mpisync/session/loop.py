@@ -1,10 +1,15 @@
-"""How far a session's loop goes, and where it begins."""
+"""How far a session's loop goes, where it begins, and the pool that it may draw from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from mpisync.aggregation.late_work import LateWork, Requeue
+from mpisync.aggregation.sample_pool import BatchId, ReplayedPool, SamplePool
+from mpisync.data.batches import batches_an_epoch
+from mpisync.policies import Policy, Replay
 
 _FIELDS = ("on_late", "seed", "accounts")
 
@@ -23,12 +28,13 @@ class LoopOptions:
     epochs: int | None
     resume: Mapping[str, Any] | None
 
-    def check(self, on_late: str, seed: int) -> None:
+    def check(self, late: LateWork, seed: int) -> None:
         """Raise TypeError or ValueError for what cannot be."""
+        on_late, pools = str(late), isinstance(late, Requeue)
         for name, number in (("steps", self.steps), ("epochs", self.epochs)):
             if number is not None and number < 0:
                 raise ValueError(f"{name} must not be negative, but it is {number}")
-        if self.epochs is not None and on_late != "requeue":
+        if self.epochs is not None and not pools:
             raise ValueError(
                 f"epochs are counted under on_late='requeue' only, where each sample is used once in each, but on_late "
                 f"is {on_late!r}, which leaves samples out: give steps= instead"
@@ -43,8 +49,7 @@ class LoopOptions:
                     f"the run to go on with had {name}={self.resume[name]!r} and this session has {here!r}: its place "
                     "in the data means nothing here"
                 )
-
-        if on_late == "requeue" and not self.resume.get("pool"):
+        if pools and not self.resume.get("pool"):
             raise ValueError("the run to go on with was a replay, which has no place in the data: resume its original")
 
     def accounts(self, workers: int) -> list[Mapping[str, int]]:
@@ -66,3 +71,12 @@ class LoopOptions:
     def batches(self, worker: int) -> int:
         """Batches whose samples met their fate before."""
         return 0 if self.resume is None else int(self.resume["accounts"][worker]["batches"])
+
+
+def pool_of(loader: Iterable[Any], loop: LoopOptions, policy: Policy, workers: int) -> SamplePool:
+    """Return the pool of a loader's batches; under a replay, what its record says of them."""
+    batches = batches_an_epoch(loader)
+    if isinstance(policy, Replay):
+        recorded = policy.lots(workers)
+        return ReplayedPool(batches, [[[BatchId(*one) for one in ids] for ids in own] for own in recorded])
+    return SamplePool(batches, loop.epochs)

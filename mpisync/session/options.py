@@ -9,10 +9,9 @@ from typing import Any, Literal
 from mpi4py import MPI
 
 from mpisync import settings
+from mpisync.aggregation.late_work import LateWork
 from mpisync.policies import BackupWorkers, Policy, parse_policy
 from mpisync.records import StepRecord
-
-OnLate = Literal["discard", "retry", "carry", "requeue"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class Options:
     record: str | None
     on_step: Callable[[StepRecord], object] | None
     progress: bool
-    on_late: OnLate
-    late_limit: int
+    on_late: LateWork
 
 
 def chosen_policy(code: object) -> Policy:

@@ -22,6 +22,7 @@ from mpisync.records import StepRecord
 from mpisync.session.options import check_communicator, chosen_policy, problem_of
 from mpisync.transport.layout import Layout
 from mpisync.transport.rendezvous import Proposal, check_launcher
+from mpisync.transport.wire import GradientInfo
 
 
 class ReducedStep:
@@ -210,7 +211,7 @@ class PartialReduce:
             stored = self._dtype.stored(np.ascontiguousarray(gradient)).reshape(-1)
             peak = reducer.pack(stored, self._slot, self._dtype)
         worker.handed += samples
-        return worker.push(peak=peak, samples=samples, loss=loss)
+        return worker.push(GradientInfo(samples, loss, peak=peak))
 
     def _check(self, array: np.ndarray, what: str) -> None:
         if array.shape != self._shape or array.dtype != self._like_dtype:

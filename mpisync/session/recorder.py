@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpisync.aggregation.members import Account
+from mpisync.aggregation.account import Account
+from mpisync.aggregation.late_work import late_work_of
 from mpisync.policies import Replay
 from mpisync.records import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
+from mpisync.records.schema import recorded_late_work
 from mpisync.session.options import Options
 from mpisync.session.progress import Progress
 from mpisync.session.sample_summary import summary
@@ -23,8 +25,7 @@ def _recorded(options: Options) -> dict[str, Any]:
         "weight": options.weight,
         "clip_norm": options.clip_norm,
         "ema": options.ema,
-        "on_late": options.on_late,
-        "late_limit": options.late_limit,
+        "on_late": str(options.on_late),
     }
 
 
@@ -34,6 +35,9 @@ def check_replay(options: Options) -> None:
     if header is None:
         return
     recorded = {"seed": header.seed, **header.settings}
+    if "on_late" in recorded:
+        kind, limit = recorded_late_work(header)
+        recorded["on_late"] = str(late_work_of(kind if limit is None else f"{kind}:{limit}"))
     for name, here in {"seed": options.seed, **_recorded(options)}.items():
         if name in recorded and recorded[name] != here:
             raise ValueError(

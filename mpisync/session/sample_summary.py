@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from mpisync.aggregation.members import Account
+from mpisync.aggregation.account import Account
 
 _MOST_WORKERS = 8  # with a line of their own
 _SURE = 4.0  # standard errors between two shares, before one calls them different

@@ -6,19 +6,22 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mpisync.aggregation.late_work import LateWork, late_work_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.model.flat import FlatModel
+from mpisync.model.update import averaged_state
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.loop import LoopOptions
-from mpisync.session.options import OnLate, Options, check_communicator, chosen_policy
-from mpisync.session.roles.ended import EndedRole, averaged_state
+from mpisync.session.options import Options, check_communicator, chosen_policy
+from mpisync.session.roles.base import Role
+from mpisync.session.roles.ended import EndedRole
 from mpisync.session.roles.root import RootRole
 from mpisync.session.roles.single import SingleProcessRole
 from mpisync.session.roles.worker import WorkerRole
@@ -51,13 +54,12 @@ class Session:
         on_step: Called at the root with every step's `StepRecord`. Under plain SGD, which updates while it
             averages, parameters have no ``.grad`` there.
         progress: Whether the root prints a progress line, and at the end what became of the samples.
-        on_late: What becomes of late gradients' samples. "discard": nothing more. "retry": the loop is given the same
-            batches again, to compute on the newest parameters. "carry": the late gradient is added to the worker's
-            next one, so that updates have stale parts; workers keep their own copy of the parameters. "requeue": the
-            batches go back to a pool that deals out each epoch to all workers, so that every sample is used once in
-            each, whoever is slow. Gradients with NaN or Inf are discarded in any case.
-        late_limit: How often in a row "retry" gives the same batches again; how many versions old "carry" lets a
-            gradient become.
+        on_late: What becomes of late gradients' samples: `Discard`, `Retry`, `Carry` or `Requeue`, or their short
+            forms. "discard": nothing more. "retry": the loop is given the same batches again, to compute on the newest
+            parameters. "carry": the late gradient is added to the worker's next one, so that updates have stale parts;
+            workers keep their own copy of the parameters. "requeue": the batches go back to a pool that deals out each
+            epoch to all workers, so that every sample is used once in each, whoever is slow. Gradients with NaN or Inf
+            are discarded in any case.
 
     Attributes:
         average: After the `with`, the moving average for ``model.load_state_dict``: the model's
@@ -97,8 +99,7 @@ class Session:
         record: str | None = None,
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
-        on_late: OnLate = "discard",
-        late_limit: int = 3,
+        on_late: LateWork | Literal["discard", "retry", "carry", "requeue"] = "discard",
     ) -> None:
         check_communicator(comm)
         if weight not in ("equal", "samples"):
@@ -107,16 +108,12 @@ class Session:
             raise ValueError(f"ema must lie between 0 and 1, as a decay does, not {ema}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be greater than 0, not {clip_norm}")
-        if on_late not in get_args(OnLate):
-            raise ValueError(f"on_late must be one of {', '.join(map(repr, get_args(OnLate)))}, not {on_late!r}")
-        if late_limit < 1:
-            raise ValueError(f"late_limit must be at least 1, not {late_limit}; on_late='discard' gives late work up")
         self._comm, self._model, self._optimizer = comm, model, optimizer
         self._options = Options(
             chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
-            on_step, progress, on_late, late_limit,
+            on_step, progress, late_work_of(on_late),
         )  # fmt: skip
-        self._role: SingleProcessRole | WorkerRole | RootRole | EndedRole | None = None
+        self._role: Role | None = None
         self._has_batches = False
         self._evaluated = 0
         self.average: dict[str, Any] | None = None
@@ -147,7 +144,7 @@ class Session:
             )
 
     @property
-    def _active(self) -> SingleProcessRole | WorkerRole | RootRole | EndedRole:
+    def _active(self) -> Role:
         if self._role is None:
             raise RuntimeError("the session has not begun: write `with Session(...) as session:`")
         return self._role
@@ -187,10 +184,10 @@ class Session:
                 "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
                 "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
             )
-        extent = LoopOptions(steps, epochs, resume)
-        extent.check(self._options.on_late, self._options.seed)
+        loop = LoopOptions(steps, epochs, resume)
+        loop.check(self._options.on_late, self._options.seed)
         self._has_batches = True
-        return self._active.batches(loader, extent)
+        return self._active.batches(loader, loop)
 
     def step(
         self, loss: Tensor | float | None = None, *, samples: int | None = None, cost: float | None = None
@@ -281,7 +278,7 @@ class Session:
             if self._options.scheduler is not None:
                 state["scheduler"] = self._options.scheduler.state_dict()
             state["samples"] = {
-                "on_late": self._options.on_late, "seed": self._options.seed, **self._active.samples()
+                "on_late": str(self._options.on_late), "seed": self._options.seed, **self._active.samples()
             }  # fmt: skip
         return state
 

@@ -215,6 +215,8 @@ class SharedRootLink(RootLink):
         self.board.memory.close()
         for memory in self._slots.values():
             memory.close()
+        # pages go with the last array that looks into them, and others may know this link for longer
+        del self.board, self._slots, self._news, self._wake
 
 
 class SharedWorkerLink(WorkerLink):
@@ -260,7 +262,7 @@ class SharedWorkerLink(WorkerLink):
         self._send.Start()
         fence()  # pairs with the root's in `wait`
         is_due = (ring - load_acquire(bells, _WAKE_AT)) & _MASK <= _MASK >> 1
-        if is_due or header.kind != Kind.GRADIENT or header.peak == math.inf or self.is_behind(header.version):
+        if is_due or header.kind != Kind.GRADIENT or header.info.peak == math.inf or self.is_behind(header.version):
             fetch_add(bells, _WAKE, 1)
             self._wake.wake()
 

@@ -55,10 +55,29 @@ class Status(enum.IntEnum):
     NOTED = 4  # heard, where there is nothing to judge
 
 
-_HEADER = struct.Struct("<QB3xiqqqqqddddQdiidq160s")
+_HEADER = struct.Struct("<QB3xiqqqqdqdddQdiidq160s")
 _REPLY = struct.Struct("<QBBHiqqqqqdiiqq400s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
+
+
+class GradientInfo(NamedTuple):
+    """What a worker says of a gradient, or of batches that left none."""
+
+    samples: int = 0  # that it is the mean of
+    loss: float = math.nan  # theirs
+    compute_s: float = 0.0
+    data_s: float = 0.0  # that this worker waited for them
+    fingerprint: int = 0  # what two workers share only if they computed the same gradient
+    peak: float = 0.0  # the largest magnitude in it; inf where it has NaN or Inf
+    batches: int = 0  # that it was computed from, or that were passed over
+    carries: int = 0  # whether this worker's late gradients are added in
+    cost: float = math.nan  # what the loop says a batch of it costs
+
+
+_NO_GRADIENT = GradientInfo()
+_INFO_AT = 8  # its place among the fields of a header
+_INFO_END = _INFO_AT + len(GradientInfo._fields)
 
 
 class Header(NamedTuple):
@@ -70,34 +89,22 @@ class Header(NamedTuple):
     ordinal: int  # numbers this worker's messages from 1; replies quote it
     sequence: int  # numbers its computations from 0
     version: int  # of the parameters it computed on
-    samples: int
     handed: int  # samples handed to its loop so far
-    loss: float
-    compute_s: float
-    data_s: float
     stamp_s: float  # CLOCK_MONOTONIC when the gradient was complete
-    fingerprint: int
-    peak: float = 0.0  # the largest magnitude in the gradient; inf where it has NaN or Inf
-    batches: int = 0  # that it was computed from, or that were passed over
-    carries: int = 0  # whether this worker's late gradients are added in
-    cost: float = math.nan  # what the loop says a batch of it costs
+    info: GradientInfo = _NO_GRADIENT
     peak_rss_bytes: int = 0
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview) -> None:
         """Write the struct at the start of `buffer`."""
-        _HEADER.pack_into(
-            buffer, 0, self.incarnation, self.kind, self.worker, self.ordinal,
-            self.sequence, self.version, self.samples, self.handed, self.loss, self.compute_s,
-            self.data_s, self.stamp_s, self.fingerprint, self.peak, self.batches, self.carries, self.cost,
-            self.peak_rss_bytes, clip_text(self.text, 160),
-        )  # fmt: skip
+        _HEADER.pack_into(buffer, 0, *self[:_INFO_AT], *self.info, self.peak_rss_bytes, clip_text(self.text, 160))
 
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview) -> Header:
         """Read the struct at the start of `buffer`."""
-        *fields, text = _HEADER.unpack_from(buffer, 0)
-        return cls._make((*fields, _text(text)))
+        fields = _HEADER.unpack_from(buffer, 0)
+        info = GradientInfo._make(fields[_INFO_AT:_INFO_END])
+        return cls._make((*fields[:_INFO_AT], info, fields[_INFO_END], _text(fields[-1])))
 
 
 class Reply(NamedTuple):
@@ -117,12 +124,13 @@ class Reply(NamedTuple):
     blocks: int = 0
     epoch: int = -1  # of the batch that was claimed
     batch: int = -1  # its number in the epoch's order; -1: there is none left
+    again: int = 0  # whether the batches of the gradient are to be computed on again
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
         """Write the struct at `offset` of `buffer`."""
         _REPLY.pack_into(
-            buffer, offset, self.incarnation, self.say, self.status, 0, self.worker, self.ordinal,
+            buffer, offset, self.incarnation, self.say, self.status, self.again, self.worker, self.ordinal,
             self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
             self.blocks, self.epoch, self.batch, clip_text(self.text, 400),
         )  # fmt: skip
@@ -130,8 +138,8 @@ class Reply(NamedTuple):
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview, offset: int = 0) -> Reply:
         """Read the struct at `offset` of `buffer`."""
-        incarnation, say, status, _, *rest, text = _REPLY.unpack_from(buffer, offset)
-        return cls._make((incarnation, say, status, *rest, _text(text)))
+        incarnation, say, status, again, *rest, text = _REPLY.unpack_from(buffer, offset)
+        return cls._make((incarnation, say, status, *rest, again, _text(text)))
 
 
 def clip_text(text: str, limit: int) -> bytes:

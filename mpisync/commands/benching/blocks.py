@@ -23,6 +23,7 @@ from mpisync.kernels.dtypes import DTYPES
 from mpisync.policies import BackupWorkers
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
+from mpisync.transport.wire import GradientInfo
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _work(place: Participant, workers: int, sleep_s: float, *, checked: bool) ->
             peak = float(max(1, own.sequence, own.version))
             if checked:
                 peak = place.reducer.peak(stored, DTYPES["float32"])
-            verdict = worker.push(peak=peak)
+            verdict = worker.push(GradientInfo(1, peak=peak))
             pushes.append(Push(own.version, own.version, verdict.accepted))
     except BaseException as error:
         leave_worker(worker, error)

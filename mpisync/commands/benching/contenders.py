@@ -19,6 +19,7 @@ from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.policies import BackupWorkers
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
+from mpisync.transport.wire import GradientInfo
 
 LR = 0.125
 _STRIDE = 997  # of the elements looked at after every visit
@@ -152,7 +153,7 @@ class Ours(Contender):
 
     def once(self) -> None:
         """Hand the gradient over, and wait for the parameters it led to."""
-        self._worker.push(peak=8.0 * self.workers)
+        self._worker.push(GradientInfo(1, peak=8.0 * self.workers))
         self._worker.pull()
 
     def serve(self, count: int) -> None:
@@ -169,7 +170,7 @@ class Ours(Contender):
             if before_s is not None:  # from one version to the next, within a burst
                 self.spent_s["step"].append(record.published_s - before_s)
             before_s = record.published_s
-        for link in self._root.links:
+        for link in self._root.roster.links:
             while link.in_pieces and link.busy:
                 link.progress()
                 link.wait(1e-4)

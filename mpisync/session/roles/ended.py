@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
-
 from mpisync.model.flat import FlatModel
+from mpisync.model.update import Averages
 from mpisync.session.loop import LoopOptions
+from mpisync.session.roles.base import Role
 
-Averages = Sequence[tuple[nn.Parameter, Tensor]]
 
-
-class EndedRole:
+class EndedRole(Role):
     """What a rank was, and what it may still be asked.
 
     Args:
@@ -35,15 +32,24 @@ class EndedRole:
         averages: Averages | None,
         samples: dict[str, Any],
     ) -> None:
-        self.worker, self.workers, self.version = worker, workers, version
-        self.makes_updates, self.averages = makes_updates, averages
-        self._samples = samples
+        self.worker, self.workers, self.makes_updates = worker, workers, makes_updates
+        self._version, self._averages, self._samples = version, averages, samples
+
+    @property
+    def version(self) -> int:
+        """The final one."""
+        return self._version
+
+    @property
+    def averages(self) -> Averages | None:
+        """Each parameter with its average; None where none was kept."""
+        return self._averages
 
     def samples(self) -> dict[str, Any]:
         """Every worker's account and place in the data, as they were at the end."""
         return self._samples
 
-    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
         """No batch follows."""
         raise RuntimeError("the session has ended: its loop belongs inside the `with`; make another session")
 
@@ -70,23 +76,3 @@ class EndedRole:
     def leave(self, error: BaseException | None) -> NoReturn:
         """It was left before."""
         raise RuntimeError("the session has ended: make another one, one for each `with`")
-
-
-def averaged_state(model: nn.Module, averages: Averages) -> dict[str, Any]:
-    """Return the model's state_dict with the averages in place of their parameters.
-
-    Its tensors are the averages themselves and copies of the model's others.
-    """
-    own = [parameter.data for parameter, _ in averages]
-    try:
-        for parameter, average in averages:
-            parameter.data = average
-        state: dict[str, Any] = model.state_dict()
-    finally:
-        for (parameter, _), data in zip(averages, own, strict=True):
-            parameter.data = data
-    private = {average.untyped_storage().data_ptr() for _, average in averages}
-    for name, value in list(state.items()):
-        if not (isinstance(value, Tensor) and value.untyped_storage().data_ptr() in private):
-            state[name] = copy.deepcopy(value)
-    return state

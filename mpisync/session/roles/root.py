@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,26 +13,24 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mpisync.aggregation.account import Account
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
-from mpisync.aggregation.members import Account
 from mpisync.aggregation.shutdown import failure_of, leave_root
 from mpisync.model.flat import FlatModel
 from mpisync.model.scheduler import Schedule
-from mpisync.model.update import Update
-from mpisync.session.advice import advice_on
+from mpisync.model.update import Averages, Update, advice_on
 from mpisync.session.distributed_model import DistributedModel
-from mpisync.session.loop import LoopOptions
+from mpisync.session.loop import LoopOptions, pool_of
 from mpisync.session.options import Options
-from mpisync.session.pooling import late_work, pool_of
 from mpisync.session.recorder import Recorder
-from mpisync.session.roles.ended import Averages
+from mpisync.session.roles.base import Role
 from mpisync.session.run_info import cores_of, run_info
 from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.peers import peak_rss_bytes
 
 
-class RootRole:
+class RootRole(Role):
     """Turns closed steps into updates."""
 
     worker = None
@@ -40,9 +39,9 @@ class RootRole:
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
     ) -> None:
-        reports, problem = None, ""
+        recorder, problem = None, ""
         try:
-            reports = Recorder(options)
+            recorder = Recorder(options)
         except ValueError as error:
             problem = str(error)  # for every rank
         self._joint = DistributedModel(comm, model, optimizer, options, problem)
@@ -57,7 +56,7 @@ class RootRole:
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
         self._averages: tuple[Tensor, ...] = ()
-        self.averages: Averages | None = None  # each parameter with its average, at the end
+        self._kept_averages: Averages | None = None
         if options.ema is not None:
             averages = self._joint.averages(memory)
             self._flat.store(averages)
@@ -70,19 +69,19 @@ class RootRole:
             self._averages,
         )
         self._schedule = Schedule(options.scheduler, optimizer)
-        self._late = late_work(options.on_late, options.late_limit)
+        self._late = copy.deepcopy(options.on_late)
         self._root = self._place.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
         self._warned = self._has_served = False
-        assert reports is not None  # else DistributedModel has raised the problem
-        self._reports = reports
+        assert recorder is not None  # else DistributedModel has raised the problem
+        self._recorder = recorder
         if advice := advice_on(optimizer):
             print(advice, file=sys.stderr, flush=True)
         peers = self._place.meeting.peers
-        self._reports.header(
+        self._recorder.header(
             str(options.policy),
             [peer.host for peer in peers[:-1]],
-            transports=["messages" if m.link.in_pieces else "shared memory" for m in self._root.members],
+            transports=["messages" if m.link.in_pieces else "shared memory" for m in self._root.roster.members],
             cores=cores_of(peers, peers[-1]),
             **run_info(self._flat.parameters, optimizer, options.scheduler),
         )
@@ -92,18 +91,24 @@ class RootRole:
         """How many updates the parameters have had."""
         return self._root.version
 
-    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
+    @property
+    def averages(self) -> Averages | None:
+        """Each parameter with its average, at the end."""
+        return self._kept_averages
+
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
         """Serve until the end; yields nothing, for the root does not train."""
         self._has_served = True
-        for member, account in zip(self._root.members, extent.accounts(self.workers), strict=False):
-            member.account = Account(**account)
         if isinstance(self._late, Requeue):
-            self._late.pool = pool_of(loader, extent, self._root.policy, self.workers)
-        self._reports.begin(extent.steps)
-        for closed in self._root.serve(extent.steps):
+            self._late.pool = pool_of(loader, loop, self._root.policy, self.workers)
+        if loop.resume is not None:
+            self._root.collector.accounts = [Account(**account) for account in loop.accounts(self.workers)]
+            self._late.load(loop.resume)
+        self._recorder.begin(loop.steps)
+        for closed in self._root.serve(loop.steps):
             self._take(closed)
             self._schedule.advance(closed.loss)
-            self._reports.step(closed.publish())
+            self._recorder.step(closed.publish())
         yield from ()
 
     def _take(self, closed: ClosedStep) -> None:
@@ -141,7 +146,7 @@ class RootRole:
 
     def samples(self) -> dict[str, Any]:
         """Every worker's account and place in the data."""
-        return self._late.state(self._root.members)
+        return {**self._late.state(), "accounts": [account.settled() for account in self._root.collector.accounts]}
 
     def step(self, loss: float, samples: int | None, cost: float) -> NoReturn:
         """The root has no batches, so nothing to step from."""
@@ -164,7 +169,7 @@ class RootRole:
 
     def leave(self, error: BaseException | None) -> None:
         """End the training everywhere."""
-        self._reports.close()
+        self._recorder.close()
         absence = None
         if error is None and not self._has_served:
             error = absence = RuntimeError(
@@ -175,19 +180,19 @@ class RootRole:
             self._flat.buffers.load(self._buffers)
             if self._averages:
                 pairs = zip(self._flat.parameters, self._averages, strict=True)
-                self.averages = [(parameter, view.clone()) for parameter, view in pairs]
+                self._kept_averages = [(parameter, view.clone()) for parameter, view in pairs]
             # MPI still sends from this memory until everyone has said goodbye
             leave_root(self._root, error)
         finally:
             self._flat.unbind()
             self._threads.restore()
-            self._reports.end(
+            self._recorder.end(
                 self.version,
                 failure_of(error),
-                self._root.ledger.arrivals,
-                [member.account for member in self._root.members],
+                self._root.collector.player.arrivals,
+                self._root.collector.accounts,
                 self._late.by_cost,
-                [*(member.peak_rss_bytes for member in self._root.members), peak_rss_bytes()],
+                [*(member.peak_rss_bytes for member in self._root.roster.members), peak_rss_bytes()],
             )
         if absence is not None:
             raise absence

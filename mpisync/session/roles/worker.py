@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpisync import settings
+from mpisync.aggregation.late_work import Carry, Requeue, Retry
 from mpisync.aggregation.shutdown import leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
@@ -22,15 +23,17 @@ from mpisync.model.carry import CarriedGradient
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.model.scheduler import Schedule
+from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
 from mpisync.session.accumulation import AccumulatedBatches, Accumulation
 from mpisync.session.distributed_model import DistributedModel
 from mpisync.session.loop import LoopOptions
 from mpisync.session.options import Options
-from mpisync.session.roles.ended import Averages
+from mpisync.session.roles.base import Role
 from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.shared import SharedWorkerLink
+from mpisync.transport.wire import GradientInfo
 
 _REMEDY = (
     "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
@@ -41,9 +44,10 @@ _REMEDY = (
 _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
-class WorkerRole:
+class WorkerRole(Role):
     """Draws batches, sends gradients and takes parameters."""
 
+    worker: int
     makes_updates = False
 
     def __init__(
@@ -61,7 +65,7 @@ class WorkerRole:
         self._presence = extras[: len(self._flat.parameters)]
         self._buffers = self._flat.buffers.views(extras[self._joint.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
-        needs_copy = options.own_copy or (options.on_late == "carry" and link.shares_parameters)
+        needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._place.reads_in_place and not needs_copy
         self._memory = link.parameters if in_place else aligned_bytes(link.published.size_bytes)
         self._reads = not in_place
@@ -73,14 +77,14 @@ class WorkerRole:
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
         self._notice = self._make_read_only(in_place) if settings.read("MPISYNC_READ_ONLY") else None
-        self._drawn = Accumulation(self._flat.parameters)
-        self._on_late, self._late_limit = options.on_late, options.late_limit
-        self._again: RetriedBatches | None = None
+        self._accumulation = Accumulation(self._flat.parameters)
+        self._late = options.on_late
+        self._retried: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
-        if options.on_late == "carry":
-            weighted = options.weight == "samples"
-            self._carried = CarriedGradient(self._slot, self._presence, options.late_limit, weighted=weighted)
-        self.averages: Averages | None = None  # each parameter with its average, at the end
+        if isinstance(options.on_late, Carry):
+            weighted, limit = options.weight == "samples", options.on_late.max_staleness
+            self._carried = CarriedGradient(self._slot, self._presence, limit, weighted=weighted)
+        self._kept_averages: Averages | None = None
         self._has_average = options.ema is not None
 
     def _make_read_only(self, in_place: bool) -> FaultNotice | None:
@@ -102,51 +106,56 @@ class WorkerRole:
         """Of the parameters that this worker has."""
         return self._worker.version
 
-    def batches(self, loader: Iterable[Any], extent: LoopOptions) -> Iterator[Any]:
+    @property
+    def averages(self) -> Averages | None:
+        """Each parameter with its average, at the end."""
+        return self._kept_averages
+
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
         """Yield batches until training ends, which is the root's to know."""
-        data = self._data(loader, extent)
+        data = self._data(loader, loop)
         self._writes.check()  # of own copies too: what was written before the first version is lost
         try:
             running = self._pull()
             while running and (drawn := next(data, None)) is not None:
                 self._worker.handed += data.batch_samples
-                self._drawn.add(data)
+                self._accumulation.add(data)
                 yield drawn[0]
                 running = self._worker.ended is None
-                if running and (passed := self._drawn.passed()):
+                if running and (passed := self._accumulation.passed()):
                     self._pass_over(passed)
                 # a gradient is of one version: only the end comes between its batches
-                if running and (self._has_ended() if self._drawn.goes_on() else self._worker.is_stale()):
+                if running and (self._has_ended() if self._accumulation.goes_on() else self._worker.is_stale()):
                     running = self._pull()
-            self._drawn.drop()
+            self._accumulation.drop()
         finally:
             data.close()
 
-    def _data(self, loader: Iterable[Any], extent: LoopOptions) -> Batches | RetriedBatches:
+    def _data(self, loader: Iterable[Any], loop: LoopOptions) -> Batches | RetriedBatches:
         """This worker's batches, from where a resumed run left off."""
-        self._worker.handed = extent.handed(self.worker, self.workers)
+        self._worker.handed = loop.handed(self.worker, self.workers)
         batches = Batches(
             loader,
             worker=self.worker,
             workers=self.workers,
             seed=self._seed,
-            claim=self._worker.claim if self._on_late == "requeue" else None,
-            start=extent.batches(self.worker),
+            claim=self._worker.claim if isinstance(self._late, Requeue) else None,
+            start=loop.batches(self.worker),
         )
-        if self._on_late != "retry":
+        if not isinstance(self._late, Retry):
             return batches
-        self._again = RetriedBatches(batches, self._late_limit, worker=self.worker, seed=self._seed)
-        return self._again
+        self._retried = RetriedBatches(batches, worker=self.worker, seed=self._seed)
+        return self._retried
 
     def _pass_over(self, passed: AccumulatedBatches) -> None:
         """The loop went on without a gradient: these batches come back if it was for being late."""
-        is_late = self._worker.pass_over(samples=passed.samples, batches=passed.batches)
-        if self._again is not None:
-            self._again.judged(is_late=is_late)
+        self._worker.pass_over(samples=passed.samples, batches=passed.batches)
+        if self._retried is not None:
+            self._retried.judged(again=self._worker.again)
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
-        basis = self._drawn.take(samples, is_vain=self._is_late)
+        basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
         if self._in_place:
             self._writes.check()
@@ -162,18 +171,20 @@ class WorkerRole:
                 total, peak = added
         version, carries = self._worker.version, added is not None
         verdict = self._worker.push(
-            peak=peak,
-            samples=total,
-            loss=loss,
-            data_s=basis.data_s,
-            fingerprint=self._fingerprint(),
-            batches=basis.batches,
-            carries=carries,
-            cost=cost,
+            GradientInfo(
+                total,
+                loss,
+                data_s=basis.data_s,
+                fingerprint=self._fingerprint(),
+                peak=peak,
+                batches=basis.batches,
+                carries=carries,
+                cost=cost,
+            )
         )
         is_late = not verdict.accepted and math.isfinite(peak)
-        if self._again is not None:
-            self._again.judged(is_late=is_late)
+        if self._retried is not None:
+            self._retried.judged(again=self._worker.again)
         if self._carried is not None:
             self._carried.judged(version, total, is_late=is_late, carries=carries)
         self._pull()
@@ -247,7 +258,7 @@ class WorkerRole:
                 if self._has_average:
                     views = self._joint.averages(self._worker.link.parameters)
                     pairs = zip(self._flat.parameters, views.tensors, strict=True)
-                    self.averages = [(parameter, view.clone()) for parameter, view in pairs]
+                    self._kept_averages = [(parameter, view.clone()) for parameter, view in pairs]
         finally:
             if self._notice is not None:
                 self._notice.undo()

@@ -1,0 +1,64 @@
+"""What a session asks of the rank that it is on, whichever role that has."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mpisync.aggregation.verdict import Verdict
+from mpisync.model.flat import FlatModel
+from mpisync.model.update import Averages
+from mpisync.session.loop import LoopOptions
+
+
+class Role(abc.ABC):
+    """A rank's part in a session.
+
+    Attributes:
+        worker: Its number; None at the root.
+        workers: How many there are.
+        makes_updates: Whether this rank's optimizer makes them.
+    """
+
+    worker: int | None
+    workers: int
+    makes_updates: bool
+
+    @property
+    @abc.abstractmethod
+    def version(self) -> int:
+        """How many updates the parameters here have had."""
+
+    @property
+    @abc.abstractmethod
+    def averages(self) -> Averages | None:
+        """Each parameter with its average, at the end; None where none was kept."""
+
+    @abc.abstractmethod
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+        """Yield what this rank computes on until the training ends."""
+
+    @abc.abstractmethod
+    def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
+        """Give the gradient that was computed, and take the newest parameters."""
+
+    @abc.abstractmethod
+    def stale(self) -> bool:
+        """Whether the step that this rank computes for has closed."""
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """End the training on every rank."""
+
+    @abc.abstractmethod
+    def fill(self, twin: FlatModel, *, average: bool) -> int:
+        """Write the newest parameters and buffers, whole, into a copy of the model; their version."""
+
+    @abc.abstractmethod
+    def samples(self) -> dict[str, Any]:
+        """Return every worker's account and place in the data; nothing where others keep them."""
+
+    @abc.abstractmethod
+    def leave(self, error: BaseException | None) -> None:
+        """Leave the run; without an error this rank has the final parameters."""
