@@ -169,11 +169,11 @@ def act(late, accounts, worker, event, sequence):
     part = Part(sequence, 2, 1, float(2 ** (sequence % 3)))
     if event == "passed":
         return late.pass_over(worker, account, part, may_return=True)
-    work = late.begin(worker, account, part, carries=False)
+    work = late.announce(worker, account, part, carries=False)
     if event != "accepted":
-        return late.refuse(worker, account, work, event, may_return=event == "late")
+        return late.reject(worker, account, work, event, may_return=event == "late")
     late.accept(worker, work)
-    late.use(worker, account, work)
+    late.commit(worker, account, work)
     return work
 
 
@@ -188,7 +188,7 @@ def test_late_work_goes_on_as_it_would_have(kind, before, after):
         act(late, accounts, worker, event, number)
     if kind is Carry:  # what is carried is in flight, and a run that goes on computes it anew
         for worker in range(3):
-            late.begin(worker, accounts[worker], Part(0, 0, 0, float("nan")), carries=False)
+            late.announce(worker, accounts[worker], Part(0, 0, 0, float("nan")), carries=False)
     resumed, others = kind(), [Account(**stored(account.settled())) for account in accounts]
     if kind is Requeue:
         resumed.pool = SamplePool(4)

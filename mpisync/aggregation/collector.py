@@ -107,7 +107,7 @@ class Collector:
         account = self.accounts[worker]
         account.handed = handed
         part = Part(arrival.sequence, info.samples, info.batches, info.cost)
-        work = self.late.begin(worker, account, part, carries=bool(info.carries))
+        work = self.late.announce(worker, account, part, carries=bool(info.carries))
         self._pending[worker] = Gradient(arrival, info, work, is_tie)
         self.player.hear(arrival)
 
@@ -133,7 +133,7 @@ class Collector:
         """Expect no further gradient of a worker; one that was accepted counts all the same."""
         if (gradient := self._pending.pop(worker, None)) is not None:
             self.player.forget(worker)
-            self.late.withdraw(worker, gradient.work)
+            self.late.drop(worker, gradient.work)
         taken = sum(one.info.samples for one in self.gradients if one.worker == worker)
         self.late.lose(worker, self.accounts[worker], taken)
 
@@ -176,7 +176,7 @@ class Collector:
         worker, is_late = arrival.worker, refusal.verdict == "late"
         gradient = self._pending.pop(worker)
         late_by = self.player.step.step - arrival.version if is_late else 0
-        again = self.late.refuse(
+        again = self.late.reject(
             worker,
             self.accounts[worker],
             gradient.work,
@@ -223,7 +223,7 @@ class Collector:
             times: As in `Player.close`.
         """
         for gradient in self.gradients:
-            self.late.use(gradient.worker, self.accounts[gradient.worker], gradient.work)
+            self.late.commit(gradient.worker, self.accounts[gradient.worker], gradient.work)
             self._enter(gradient, "accepted", size_bytes=self._gradient_bytes)
         record = self.player.close(**times)
         self.gradients = []
@@ -239,7 +239,7 @@ class Collector:
         for gradient in self.gradients:
             worker = gradient.worker
             is_told = worker not in waiting
-            self.late.abandon(worker, self.accounts[worker], gradient.work, is_told=is_told)
+            self.late.rollback(worker, self.accounts[worker], gradient.work, is_told=is_told)
             if not is_told:
                 self._pending[worker] = gradient
         self.gradients = []

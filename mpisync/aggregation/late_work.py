@@ -48,7 +48,7 @@ class LateWork:
         """Give a worker, whose loader makes so many batches an epoch, its next one."""
         raise RuntimeError(f"worker {worker} claims a batch, but there is no pool: the protocol is broken")
 
-    def begin(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
+    def announce(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
         """Take note of the computation that a gradient was announced of, or that was passed over.
 
         Args:
@@ -66,12 +66,12 @@ class LateWork:
     def accept(self, worker: int, work: Work) -> None:
         """It counts in the open step."""
 
-    def use(self, worker: int, account: Account, work: Work) -> None:
+    def commit(self, worker: int, account: Account, work: Work) -> None:
         """Its step is published."""
         self._enter(account, work, "accepted")
         self._tally(account, work.parts, "used")
 
-    def refuse(self, worker: int, account: Account, work: Work, outcome: Outcome, *, may_return: bool) -> bool:
+    def reject(self, worker: int, account: Account, work: Work, outcome: Outcome, *, may_return: bool) -> bool:
         """It does not count; `may_return` where it is late, and finite.
 
         Returns:
@@ -86,17 +86,17 @@ class LateWork:
         Returns:
             Whether the worker is to have the same batches again.
         """
-        work = self.begin(worker, account, part, carries=False)
+        work = self.announce(worker, account, part, carries=False)
         return self._let_go(worker, account, work, may_return=may_return)
 
-    def withdraw(self, worker: int, work: Work) -> None:
+    def drop(self, worker: int, work: Work) -> None:
         """It was announced, and its worker is gone."""
 
     def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
         self._tally(account, work.parts, "discarded")
         return False
 
-    def abandon(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
+    def rollback(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
         """It was accepted into a step that will never close; unless told already its worker will have it refused."""
         if is_told:
             self._tally(account, work.parts, "discarded")
@@ -205,7 +205,7 @@ class Carry(LateWork):
         """Refuse what makes no sense."""
         _check_number("max_staleness", self.max_staleness, "Discard() gives late work up at once")
 
-    def begin(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
+    def announce(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
         """Take note of a gradient, and of what it carries or of what was given up."""
         carried = self._carried.pop(worker, ())
         if not carries:
@@ -269,7 +269,7 @@ class Requeue(LateWork):
             )
         return self.pool.claim(worker, behind)
 
-    def begin(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
+    def announce(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
         """Take note of a gradient and of the batches that it was computed from."""
         return Work([part], self._batches.take(worker, part.batches))
 
@@ -281,9 +281,9 @@ class Requeue(LateWork):
         """It counts in the open step."""
         self._batches.use(work.batches)
 
-    def use(self, worker: int, account: Account, work: Work) -> None:
+    def commit(self, worker: int, account: Account, work: Work) -> None:
         """Its step is published."""
-        super().use(worker, account, work)
+        super().commit(worker, account, work)
         self._batches.settle(work.batches)
 
     def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
@@ -295,11 +295,11 @@ class Requeue(LateWork):
             self._tally(account, work.parts, "discarded")
         return False
 
-    def withdraw(self, worker: int, work: Work) -> None:
+    def drop(self, worker: int, work: Work) -> None:
         """It was announced, and its worker is gone."""
         self._batches.give_back(worker, work.batches)
 
-    def abandon(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
+    def rollback(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
         """It was accepted into a step that will never close: it is in the pool again in any case."""
         self._batches.restore(work.batches)
         if is_told:

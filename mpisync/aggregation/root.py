@@ -304,32 +304,32 @@ class Root:
             member.peak_rss_bytes = header.peak_rss_bytes
             self.lose(member, State.LEFT if header.kind == Kind.LEAVE else State.GONE)
         if header.kind == Kind.CLAIM:
-            self.note(member, header, batch=collector.late.claim(worker, self._behind(), header.info.batches))
+            self.acknowledge(member, header, batch=collector.late.claim(worker, self._behind(), header.info.batches))
         elif header.kind == Kind.PASS:
             # batches left no gradient: given up as late or at the end, or for reasons of the loop's own
-            may_return = collector.player.is_past(header.version) or self._has_ended
+            may_return = collector.player.would_be_late(header.version) or self._has_ended
             again = collector.pass_over(worker, header.info, may_return=may_return)
-            self.note(member, header, again=again)
+            self.acknowledge(member, header, again=again)
         else:
-            resume = self.note(member, header)
+            resume = self.acknowledge(member, header)
             if header.kind == Kind.READY:
                 self.roster.resume(member, resume)
 
-    def note(self, member: Member, header: Header, **more: Any) -> int:  # noqa: ANN401 (as in Roster.note)
+    def acknowledge(self, member: Member, header: Header, **more: Any) -> int:  # noqa: ANN401 (as in Roster.acknowledge)
         """Answer a header on which there is no verdict; the version at which the worker's next computation begins."""
         step, sequence = self.collector.player.step.step, self.collector.next_sequence(member.worker)
         resume = self.policy.resumes_at(member.worker, sequence, self.version)
-        self.roster.note(member, header, step, resume, **more)
+        self.roster.acknowledge(member, header, step, resume, **more)
         return resume
 
     def _behind(self) -> list[int]:
         """Workers whose gradients will be late for sure, whatever they do."""
         # What a worker was let have may have been superseded before it looked, so it may be a version ahead of that.
-        is_past = self.collector.player.is_past
+        would_be_late = self.collector.player.would_be_late
         return [
             member.worker
             for member in self.roster.members
-            if member.state is State.COMPUTING and member.waits_for < 0 and is_past(member.served + 1)
+            if member.state is State.COMPUTING and member.waits_for < 0 and would_be_late(member.served + 1)
         ]
 
     # -- waiting -----------------------------------------------------------------------------------

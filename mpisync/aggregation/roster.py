@@ -76,7 +76,7 @@ class Roster:
             ),
         )  # fmt: skip
 
-    def note(
+    def acknowledge(
         self,
         member: Member,
         header: Header,

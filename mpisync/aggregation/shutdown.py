@@ -68,7 +68,7 @@ def _hear(root: Root, member: Member, header: Header) -> None:
     elif header.kind != Kind.FAIL:
         root.answer(member, header)
     else:  # one failure has ended it already, or it fails after a good end: its own exit tells
-        root.note(member, header)
+        root.acknowledge(member, header)
     if member.state is not State.GONE:
         root.roster.serve_parameters(member)
 

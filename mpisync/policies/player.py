@@ -180,7 +180,7 @@ class Player:
         """Say whether the step closes now."""
         return self.is_closing or self.policy.closes(self.step, now_s)
 
-    def is_past(self, version: int) -> bool:
+    def would_be_late(self, version: int) -> bool:
         """Say whether a gradient of this version would be late."""
         staleness = self.policy.staleness
         return staleness is not None and version + staleness < self.step.step
