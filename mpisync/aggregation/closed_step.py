@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -56,11 +55,18 @@ class ClosedStep:
     _publish: Callable[[ClosedStep], StepRecord] = field(repr=False)
     _mean: list[np.ndarray] = field(repr=False)
     _has_descended: bool = False
+    _sums: Sums | None = field(default=None, repr=False)
 
-    @cached_property
+    @property
     def sums(self) -> Sums:
         """What the finished sum says of itself."""
-        return Sums(finite=True) if self._has_descended else self._fold()
+        return self._finish()
+
+    def _finish(self) -> Sums:
+        """Fold the gradients, where neither this nor a fused step has done it."""
+        if self._sums is None:
+            self._sums = Sums(finite=True) if self._has_descended else self._fold()
+        return self._sums
 
     @property
     def mean(self) -> list[np.ndarray]:
@@ -71,7 +77,7 @@ class ClosedStep:
         """
         if self._has_descended:
             raise RuntimeError("a step that has descended has no mean: ask for it instead of fused_sgd_step()")
-        assert self.sums
+        self._finish()
         return self._mean
 
     @property
@@ -88,7 +94,7 @@ class ClosedStep:
             Whether it was done; not where the mean might not be finite, since parameters are never touched by an
             update that will be refused, nor where it exists already or norms are wanted.
         """
-        if "sums" not in vars(self):
+        if self._sums is None:
             self._has_descended = self._fused_sgd_step(spans)
         return self._has_descended
 
