@@ -81,10 +81,16 @@ def test_the_wheels_metadata(built):
     assert sorted(line.split(">")[0] for line in needed) == ["mpi4py", "numba", "numpy"]
 
 
+def test_what_is_cited_is_this_version():
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert [line for line in lines if line.startswith("version:")] == [f"version: {mpisync.__version__}"]
+
+
 def test_the_sdist_can_be_tested(built):
     (sdist,) = built.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     files = {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md"}
+    files |= {"CONTRIBUTING.md", "CITATION.cff"}
     assert files <= names
     assert {"tests/conftest.py", "tests/site/sitecustomize.py", "mpisync/py.typed"} <= names
     assert not any("__pycache__" in name for name in names)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpisync.planning.advice import Advice
+from mpisync.planning.choices import Choices
 from mpisync.planning.costs import Costs
 from mpisync.planning.empirical import Empirical
 from mpisync.planning.laws import Seconds
@@ -127,7 +128,7 @@ def try_policies(
     problem = _quadratic(noise)
     rate = _best_rate(problem, workers, steps)
     curves = []
-    for policy in watched(_policies(advice)):
+    for policy in watched(_policies(advice, advice.choices)):
         model = _Model(problem, rate, seed)
         published_s = [0.0]
         for record in simulate(policy, times_s, steps=100 * steps, costs=costs, learner=model):
@@ -149,16 +150,15 @@ def _rows(times_s: Seconds, rows: int, seed: int) -> Seconds:
     return np.concatenate([times_s, again])
 
 
-def _policies(advice: Advice) -> list[Policy]:
+def _policies(advice: Advice, choices: Choices) -> list[Policy]:
     """Return what a plan compares: full synchronous SGD, the best b and some about it, and other policies."""
-    assert advice.choices is not None
-    workers, best = advice.observed.times_s.shape[1], advice.choices.best.backup
+    workers, best = advice.observed.times_s.shape[1], choices.best.backup
     others = {1, max(1, best // 2), best, 2 * best} if best else {1}
     backups = sorted(b for b in others if 0 < b <= workers // 2 or b == best > 0)
     policies: list[Policy] = [BackupWorkers(0), *map(BackupWorkers, backups)]
     if advice.deadline is not None:
         policies.append(Deadline(advice.deadline.seconds, (workers + 1) // 2, mads=_MADS))
-    return [*policies, Async(advice.choices.best.accepted), Adaptive()]
+    return [*policies, Async(choices.best.accepted), Adaptive()]
 
 
 def _quadratic(noise: float) -> Quadratic:

@@ -165,7 +165,8 @@ def main() -> None:
     worker = Worker(tf, server, task) if task["job"] == "worker" else None
     signal.alarm(0)
     for line in sys.stdin:
-        assert worker is not None, "the parameter server takes no orders"
+        if worker is None:
+            raise RuntimeError("the parameter server takes no orders")
         signal.alarm(task["limit_s"])
         print(json.dumps(worker.play(json.loads(line))), file=answers, flush=True)
         signal.alarm(0)

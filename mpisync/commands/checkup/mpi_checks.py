@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from mpisync.commands.checkup.children import TRIAL_RANKS, gist
 from mpisync.commands.checkup.probes import Case, Finding
 from mpisync.commands.checkup.wording import by_value, ranks_named, several, who
-from mpisync.launchers import Launcher, Library, fits
+from mpisync.launchers import Launcher, Library, Placement, fits
 
 _FAMILIES = {"openmpi": "Open MPI", "mpich": "MPICH or its kin", "slurm": "Slurm"}
 _STRANGERS = {"openmpi": "MPICH", "mpich": "Open MPI"}  # whose launchers a family's ranks do not understand
@@ -24,10 +24,9 @@ def loaded(case: Case) -> Iterator[Finding]:
             yield Finding("MPI", says + who(case, ranks), do, must=True)
     asked = {name: text for name, text in case.first.environ.items() if name in ("MPI4PY_LIBMPI", "MPI4PY_MPIABI")}
     chosen = f", chosen by {' and '.join(f'{name}={text}' for name, text in asked.items())}" if asked else ""
-    found = [item for item in by_value(case, lambda probe: probe.mpi).items() if item[0] is not None]
-    kinds = {(lib.family, lib.version) for lib, _ in found if lib}
+    found = [(lib, ranks) for lib, ranks in by_value(case, lambda probe: probe.mpi).items() if lib is not None]
+    kinds = {(lib.family, lib.version) for lib, _ in found}
     for lib, ranks in found:
-        assert lib is not None
         do = "the same MPI must be loaded on every node" if len(kinds) > 1 else ""
         yield Finding("MPI", f"mpi4py loads {_library(lib)}{chosen}{who(case, ranks)}", do, must=bool(do))
 
@@ -46,7 +45,7 @@ def launcher(case: Case) -> Iterator[Finding]:
     if first.mpi is None:
         return
     if first.placed is not None:
-        yield from _started_by(case)
+        yield from _started_by(case, first.placed, first.mpi)
         return
     if first.launcher is None:
         says, _, do = first.launcher_problem.partition("; load")
@@ -80,15 +79,12 @@ def _launcher(found: Launcher) -> str:
     return f"{found.path} ({_FAMILIES[found.family]}{' ' if version else ''}{version})"
 
 
-def _started_by(case: Case) -> Iterator[Finding]:
-    first = case.first
-    placed, lib = first.placed, first.mpi
-    assert placed is not None and lib is not None
+def _started_by(case: Case, placed: Placement, lib: Library) -> Iterator[Finding]:
     own = f"start with the launcher of mpi4py's MPI: mpisync run -n {placed.size} ..."
     if _apart_by_launcher(case):
         says = f"{placed.launcher} started {placed.size} ranks, but mpi4py loads another MPI ({_short(lib)})"
         yield Finding("launcher", says, own, must=True)
-    elif case.apart and first.start.size:
+    elif case.apart and case.first.start.size:
         says = f"{placed.launcher} started {placed.size} ranks, and each believes that it is alone with {_short(lib)}"
         do = f"{_SRUN if placed.launcher == 'srun' else ''}{own}"
         yield Finding("launcher", says, do, must=True)
@@ -110,7 +106,8 @@ def start(case: Case) -> Iterator[Finding]:
     took_s = max(probe.start.took_s for probe in case.ranks)
     if first.start.problem:
         how = f"on a trial of {TRIAL_RANKS} ranks" if case.alone and first.launcher else "here"
-        yield Finding("start", f"MPI does not start {how}: {first.start.problem}", _start_remedy(case), must=True)
+        do = _start_remedy(case, first.mpi)
+        yield Finding("start", f"MPI does not start {how}: {first.start.problem}", do, must=True)
     elif case.alone and first.launcher is not None and first.start.size < TRIAL_RANKS:
         yield Finding(
             "start", f"a trial of {TRIAL_RANKS} ranks started {TRIAL_RANKS} times one",
@@ -124,14 +121,13 @@ def start(case: Case) -> Iterator[Finding]:
         yield _noise(first.start.noise)
 
 
-def _start_remedy(case: Case) -> str:
+def _start_remedy(case: Case, lib: Library) -> str:
     first = case.first
-    assert first.mpi is not None
     if first.start.problem.startswith("no end"):
         hello = "python -c 'from mpi4py import MPI'"
         return f"try `mpirun -n 2 {hello}`; on a cluster ask how MPI jobs are started there"
     by_srun = first.placed is not None and first.placed.launcher == "srun"
-    if by_srun and first.mpi.family == "openmpi":
+    if by_srun and lib.family == "openmpi":
         return "srun's PMIx must fit Open MPI's: start with mpirun inside the allocation (`mpisync run` does)"
     return "this must work before mpisync can: mpirun -n 2 python -c 'from mpi4py import MPI'"
 
@@ -162,9 +158,8 @@ def threads(case: Case) -> Iterator[Finding]:
 def ulfm(case: Case) -> Iterator[Finding]:
     """Say whether MPI lets a job outlive a rank."""
     first = case.first
-    if case.apart or not first.start.size:
+    if first.mpi is None or case.apart or not first.start.size:
         return
-    assert first.mpi is not None
     on = [rank for rank, probe in enumerate(case.ranks) if probe.start.ulfm]
     if on:
         yield Finding("dead ranks", f"ULFM is on: a rank that dies need not end the job{who(case, on)}")
