@@ -149,14 +149,19 @@ MEAN_FIRST = """
 import numpy as np
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.running_sum import Sums
+from mpisync.aggregation.work import Gradient, Work
+from mpisync.policies import Arrival
+from mpisync.transport.wire import GradientInfo
 
-mean = [np.zeros(2)]
+class Total:
+    mean, extras = [np.zeros(2)], []
 
-def fold():
-    mean[0] += [1.0, 2.0]
-    return Sums(finite=True)
+    def finish(self):
+        self.mean[0] += [1.0, 2.0]
+        return Sums(finite=True)
 
-closed = ClosedStep(0, [], [], 1, 0.0, [], 0.0, fold, lambda spans: False, lambda closed: None, mean)
+gradient = Gradient(Arrival(0, 0, 0, 0.0), GradientInfo(1), Work([]))
+closed = ClosedStep(0, [gradient], Total(), [], 0.0, lambda: 0.0, lambda closed: None)
 print(__debug__, closed.mean[0].tolist(), closed.mean[0].tolist(), closed.finite)
 """
 
