@@ -41,7 +41,7 @@ class LateWork:
 
     @property
     def remaining(self) -> int | None:
-        """How many gradients there are samples for at most; None where there is no end to them."""
+        """The most gradients that there are samples for; None where there is no end to them."""
         return None
 
     def claim(self, worker: int, behind: Sequence[int], batches: int) -> BatchId | None:
@@ -60,19 +60,19 @@ class LateWork:
         return Work([part])
 
     def is_used(self, work: Work) -> bool:
-        """Whether its samples count already, in another worker's gradient."""
+        """Say whether samples of a gradient count already, in another worker's."""
         return False
 
     def accept(self, worker: int, work: Work) -> None:
-        """It counts in the open step."""
+        """Count a gradient in the open step."""
 
     def commit(self, worker: int, account: Account, work: Work) -> None:
-        """Its step is published."""
+        """Enter the samples of a gradient whose step is published."""
         self._enter(account, work, "accepted")
         self._tally(account, work.parts, "used")
 
     def reject(self, worker: int, account: Account, work: Work, outcome: Outcome, *, may_return: bool) -> bool:
-        """It does not count; `may_return` where it is late, and finite.
+        """Enter a gradient that does not count; `may_return` where it is late, and finite.
 
         Returns:
             Whether its worker is to compute on the same batches again.
@@ -81,7 +81,7 @@ class LateWork:
         return self._let_go(worker, account, work, may_return=may_return)
 
     def pass_over(self, worker: int, account: Account, part: Part, *, may_return: bool) -> bool:
-        """Batches left no gradient; `may_return` where it would have been late.
+        """Enter batches that left no gradient; `may_return` where it would have been late.
 
         Returns:
             Whether the worker is to have the same batches again.
@@ -90,19 +90,26 @@ class LateWork:
         return self._let_go(worker, account, work, may_return=may_return)
 
     def drop(self, worker: int, work: Work) -> None:
-        """It was announced, and its worker is gone."""
+        """Drop a gradient that was announced, and whose worker is gone."""
 
     def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
         self._tally(account, work.parts, "discarded")
         return False
 
     def rollback(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
-        """It was accepted into a step that will never close; unless told already its worker will have it refused."""
+        """Take back a gradient that was accepted into a step that will never close.
+
+        Args:
+            worker: Whose it is.
+            account: That worker's.
+            work: What it was computed from.
+            is_told: Whether its worker knows of the acceptance; if not, `reject` follows.
+        """
         if is_told:
             self._tally(account, work.parts, "discarded")
 
     def lose(self, worker: int, account: Account, taken: int) -> None:
-        """A worker contributes nothing more, but for `taken` samples in the open step."""
+        """Enter what a worker has in its hands as it leaves or dies, but for `taken` samples in the open step."""
         account.lost += account.in_flight - taken
 
     def state(self) -> dict[str, Any]:
@@ -163,7 +170,7 @@ class Retry(LateWork):
         _check_number("limit", self.limit, "Discard() gives late work up at once")
 
     def accept(self, worker: int, work: Work) -> None:
-        """It counts in the open step: the worker goes on to other batches."""
+        """Count a gradient in the open step: its worker goes on to other batches."""
         self._times[worker] = 0
 
     def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
@@ -222,7 +229,7 @@ class Carry(LateWork):
         return False
 
     def pass_over(self, worker: int, account: Account, part: Part, *, may_return: bool) -> bool:
-        """Batches left no gradient, so that there is none to carry."""
+        """Discard batches that left no gradient: there is none to carry."""
         self._tally(account, [part], "discarded")
         return False
 
@@ -255,7 +262,7 @@ class Requeue(LateWork):
 
     @property
     def remaining(self) -> int | None:
-        """How many batches are not used."""
+        """The number of batches that are not used; None before there is a pool."""
         return None if self.pool is None else self.pool.remaining
 
     def claim(self, worker: int, behind: Sequence[int], batches: int) -> BatchId | None:
@@ -274,15 +281,15 @@ class Requeue(LateWork):
         return Work([part], self._batches.take(worker, part.batches))
 
     def is_used(self, work: Work) -> bool:
-        """Whether another worker was given one of its batches too, and was first."""
+        """Say whether another worker was given one of a gradient's batches too, and was first."""
         return self._batches.is_used(work.batches)
 
     def accept(self, worker: int, work: Work) -> None:
-        """It counts in the open step."""
+        """Count a gradient in the open step."""
         self._batches.use(work.batches)
 
     def commit(self, worker: int, account: Account, work: Work) -> None:
-        """Its step is published."""
+        """Enter the samples of a gradient whose step is published."""
         super().commit(worker, account, work)
         self._batches.settle(work.batches)
 
@@ -296,17 +303,17 @@ class Requeue(LateWork):
         return False
 
     def drop(self, worker: int, work: Work) -> None:
-        """It was announced, and its worker is gone."""
+        """Drop a gradient that was announced, and whose worker is gone."""
         self._batches.give_back(worker, work.batches)
 
     def rollback(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
-        """It was accepted into a step that will never close: it is in the pool again in any case."""
+        """Put back the batches of a gradient that was accepted into a step that will never close."""
         self._batches.restore(work.batches)
         if is_told:
             self._tally(account, work.parts, "requeued")
 
     def lose(self, worker: int, account: Account, taken: int) -> None:
-        """What a worker had in its hands goes back to the pool."""
+        """Put back what a worker had in its hands."""
         account.requeued += account.in_flight - taken
         if self.pool is not None:
             self.pool.leave(worker)

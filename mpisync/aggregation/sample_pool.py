@@ -49,7 +49,7 @@ class SamplePool:
 
     @property
     def remaining(self) -> int | None:
-        """How many batches are not used; None where there is no end to them."""
+        """The number of batches that are not used; None where there is no end to them."""
         if self._epochs is None:
             return None
         fresh = (self._epochs - self._fresh.epoch) * self.batches - self._fresh.batch
@@ -91,27 +91,27 @@ class SamplePool:
         return [held.popleft() for _ in range(min(count, len(held)))]
 
     def is_used(self, ids: Iterable[BatchId]) -> bool:
-        """Whether any of these, which were out, is used meanwhile."""
+        """Say whether any of these batches, which were out, is used meanwhile."""
         return any(batch_id not in self._out for batch_id in ids)
 
     def use(self, ids: Iterable[BatchId]) -> None:
-        """They count: nobody else's copy of them will."""
+        """Use batches: nobody else's copy of them will count."""
         for batch_id in ids:
             self._out.pop(batch_id, None)
             self._open.add(batch_id)
 
     def settle(self, ids: Iterable[BatchId]) -> None:
-        """The step that used them is published."""
+        """Settle batches whose step is published."""
         self._open.difference_update(ids)
 
     def restore(self, ids: Iterable[BatchId]) -> None:
-        """Used batches did not count after all."""
+        """Take back used batches that did not count after all."""
         for batch_id in ids:
             self._open.discard(batch_id)
             heapq.heappush(self._returned, batch_id)
 
     def give_back(self, worker: int, ids: Iterable[BatchId]) -> None:
-        """They did not count: others may claim them, if they have not done so."""
+        """Give back batches that did not count: others may claim them, if they have not done so."""
         for batch_id in ids:
             holders = self._out.get(batch_id, set())
             holders.discard(worker)
@@ -120,13 +120,13 @@ class SamplePool:
                 heapq.heappush(self._returned, batch_id)
 
     def give_up(self, worker: int, ids: Collection[BatchId]) -> None:
-        """They will never count, unless somebody else holds them too."""
+        """Give up batches: they will never count, unless somebody else holds them too."""
         self.give_back(worker, ids)
         self._returned = [batch_id for batch_id in self._returned if batch_id not in ids]
         heapq.heapify(self._returned)
 
     def leave(self, worker: int) -> None:
-        """A worker claims nothing more: what it holds comes back."""
+        """Take back all that a worker holds, which claims nothing more."""
         self.give_back(worker, self._held.pop(worker, ()))
 
     def state(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class ReplayedPool(SamplePool):
         return ids
 
     def is_used(self, ids: Iterable[BatchId]) -> bool:
-        """The record's verdicts are the replay's."""
+        """Say no: the record's verdicts are the replay's."""
         return False
 
     def state(self) -> dict[str, Any]:
