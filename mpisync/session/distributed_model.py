@@ -17,8 +17,9 @@ from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
+from mpisync.transport.collectives import poll
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
-from mpisync.transport.rendezvous import Proposal, poll
+from mpisync.transport.rendezvous import Proposal
 
 
 class DistributedModel:
