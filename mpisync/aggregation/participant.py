@@ -24,7 +24,6 @@ from mpisync.transport.rendezvous import (
     share,
     worker_link,
 )
-from mpisync.transport.shared import SharedRootLink
 
 _MOST_THREADS = 8  # memory bandwidth is spent by then
 _BUFFERS = 3  # of parameters, where a worker may still read an old version
@@ -73,7 +72,7 @@ class Participant:
         )
         self.parameters = self._home()
         if self.is_root and self._memories.why_not:
-            far = [link.workers for link in self._links if link.in_pieces]
+            far = [link.workers for link in self._links if not link.is_contiguous]
             print(f"mpisync: workers {far} use messages: {self._memories.why_not}", flush=True)
 
     def _threads(self) -> int:
@@ -96,10 +95,8 @@ class Participant:
 
     def _home(self) -> np.ndarray:
         """Where the root keeps the parameters: in the shared memory if they may be read in place."""
-        shared = [link for link in self._links if isinstance(link, SharedRootLink)]
-        if shared and self._buffers == 1:
-            return shared[0].board.parameters[0]
-        return aligned_bytes(self.published.size_bytes if self.is_root else 0)
+        homes = [home for link in self._links if (home := link.home()) is not None]
+        return homes[0] if homes else aligned_bytes(self.published.size_bytes if self.is_root else 0)
 
     def root(self, *, weighted: bool = False, norms: bool = False, late: Discard | None = None) -> Root:
         """Become the root; `parameters` must be filled by now."""

@@ -89,8 +89,7 @@ class Root:
         norms = norms or policy.wants_norms
         self.ledger = Ledger(layout.size_bytes)
         self.late = Discard() if late is None else late
-        in_pieces = any(link.in_pieces for link in links)
-        blocks = layout.blocks if in_pieces else layout.wholes
+        blocks = layout.wholes if all(link.is_contiguous for link in links) else layout.blocks
         self._sum = RunningSum(layout, reducer, blocks, norms=norms)
         self._layout, self._weighted, self._norms = layout, weighted, norms
         self._lots = random.Random(0)
@@ -148,7 +147,7 @@ class Root:
         """Run until the open step closes; None when there will be no further one."""
         while True:
             self._hear()
-            self._take_whole([w for link in self.links for w in link.progress()])
+            self._take_whole(self._asking.progress())
             if self._asking.queue and not self._is_closing:
                 lacking = self.policy.target(self._step) - len(self._step.accepted)
                 self._asking.ask(lacking, self.clock(), self._make_room)
@@ -220,7 +219,7 @@ class Root:
             self._count_rejection()
         elif self.late.is_used(member.done):
             self.refuse(member, Status.LATE, TAKEN_OVER)
-        elif member.link.is_whole(member.worker):
+        elif self._asking.is_whole(member):
             self._accept(member)
         else:
             self._asking.add(member)
@@ -276,7 +275,7 @@ class Root:
             self._step.opened_s,
             late_by=late_by,
             reason=reason or None,
-            travelled=member.link.is_whole(member.worker),
+            travelled=self._asking.is_whole(member),
         )
         self._answer(member, status, late_by, reason or "late")
 
@@ -293,7 +292,7 @@ class Root:
         """Tell the verdict: the worker has its buffer back and may go on."""
         header = member.said
         resume = self.policy.resumes_at(member.worker, header.sequence + 1, self.version)
-        member.link.release(member.worker)
+        self._asking.release(member)
         self._reply(member, header, status, resume=resume, late_by=late_by, reason=reason)
         member.state, member.header, member.arrival, member.work = State.COMPUTING, None, None, None
         self.resume(member, resume)
@@ -381,7 +380,7 @@ class Root:
         self._take_extras()
         self._sum.fold(weighted=self._weighted)
         for taken in self._taken[self._folded :]:
-            taken.member.link.release(taken.member.worker)
+            self._asking.release(taken.member)
         self._folded = len(self._taken)
 
     def _take_extras(self) -> None:
@@ -440,7 +439,7 @@ class Root:
         """The gradients are in the sum, or in the parameters."""
         for taken in self._taken[self._folded :]:
             if not taken.member.is_alive:  # nobody is left to be answered
-                taken.member.link.release(taken.member.worker)
+                self._asking.release(taken.member)
         self._reduced_s = self.clock()
 
     def _publish(self, closed: ClosedStep) -> StepRecord:
@@ -558,7 +557,7 @@ class Root:
         """Expect no further gradient of a worker; one that was accepted counts all the same."""
         if member.state in (State.ANNOUNCED, State.WANTED):
             self._forget(member)
-            member.link.release(member.worker)
+            self._asking.release(member)
             self.late.withdraw(member, member.done)
         self.late.lose(member, sum(taken.header.samples for taken in self._taken if taken.member is member))
         member.state, member.waits_for = state, -1

@@ -52,7 +52,6 @@ def farewell(
             _, _, header = heard.popleft()
             _hear(root, root.members[header.worker], header)
         for link in root.links:
-            link.progress()
             link.flush()
         waited_s = root.clock() - began_s
         left = [member for member in root.members if not _is_gone(root, member)]

@@ -16,6 +16,7 @@ from mpi4py import MPI
 
 from mpisync.aggregation.participant import Participant
 from mpisync.aggregation.shutdown import leave_root, leave_worker
+from mpisync.commands.benching.measuring import meet
 from mpisync.policies import BackupWorkers
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
@@ -169,16 +170,17 @@ class Ours(Contender):
             if before_s is not None:  # from one version to the next, within a burst
                 self.spent_s["step"].append(record.published_s - before_s)
             before_s = record.published_s
-        for link in self._root.links:
-            while link.in_pieces and link.busy:
-                link.progress()
-                link.wait(1e-4)
+        arrived = self.comm.Ibarrier()
+        while not arrived.Test():
+            self._root.inbox.take()  # which sends on what is on its way
+            self._root.wait(1e-4)
 
     def work(self, count: int) -> list[float]:
         """Follow what the parameters should be by steps on the pattern alone."""
         if self._worker.version < 0:
             self._worker.pull()  # the first needs the root to serve
         took = super().work(count)
+        meet(self.comm)  # as the root's `serve` does
         mean = pattern(8) * np.float32((self.workers + 1) / 2)
         for _ in range(count):
             self._check.step(mean.copy())

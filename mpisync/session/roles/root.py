@@ -82,7 +82,7 @@ class RootRole:
         self._reports.header(
             str(options.policy),
             [peer.host for peer in peers[:-1]],
-            transports=["messages" if m.link.in_pieces else "shared memory" for m in self._root.members],
+            transports=[member.link.name for member in self._root.members],
             cores=cores_of(peers, peers[-1]),
             **run_info(self._flat.parameters, optimizer, options.scheduler),
         )

@@ -30,7 +30,6 @@ from mpisync.session.options import Options
 from mpisync.session.roles.ended import Averages
 from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
-from mpisync.transport.shared import SharedWorkerLink
 
 _REMEDY = (
     "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
@@ -86,8 +85,7 @@ class WorkerRole:
     def _make_read_only(self, in_place: bool) -> FaultNotice | None:
         """Have whoever writes to shared parameters stopped at the line, and explain it."""
         link = self._worker.link
-        if in_place and isinstance(link, SharedWorkerLink):
-            link.protect()
+        if in_place and link.protect():
             return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {_REMEDY}")
         if self.worker == 0:
             print(
