@@ -1,5 +1,6 @@
 """Both transports against their contract: what is pushed, folded, published and pulled, and left."""
 
+import argparse
 import errno
 import os
 import time
@@ -7,12 +8,14 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from launch import ROOT
 from mpi4py import MPI
 
+from mpisync.commands import run
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.options import chosen_policy
 from mpisync.session.partial_reduce import PartialReduce
-from mpisync.transport import communicators, shared
+from mpisync.transport import communicators, connect, shared
 from mpisync.transport import shared_memory as memory_module
 from mpisync.transport.shared_memory import Futex, SharedMemory
 
@@ -466,6 +469,25 @@ def test_what_does_not_fit_is_refused_and_the_session_goes_on(comm):
             with pytest.raises(ValueError, match=r"\[4\] float32 as `like` is.*\[5\] float32"):
                 reduction.push(np.zeros(5, np.float32))
             work(reduction, theta)
+
+
+@pytest.mark.parallel(3)
+def test_a_transport_that_does_not_exist_is_refused_on_every_rank_and_the_root_decides(comm, monkeypatch):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", "fast" if comm.rank == comm.size - 1 else "shared")
+    for _ in range(2):
+        refused(comm, "MPISYNC_TRANSPORT='fast': must be one of auto, shared, messages")
+    assert len(communicators.known(comm)) == 1, "who is refused gives the duplicate back"
+    monkeypatch.setenv("MPISYNC_TRANSPORT", "shared" if comm.rank == comm.size - 1 else "fast")
+    short(comm, 4)
+    assert_nothing_left(comm)
+
+
+def test_users_are_told_of_every_transport():
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "`MPISYNC_TRANSPORT`" in line)
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    for name in connect.TRANSPORTS:
+        assert f"`{name}`" in row and name in parser.format_help()
 
 
 # -- without shared memory -------------------------------------------------------------------------

@@ -11,21 +11,14 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
 from mpisync import launchers, settings
-from mpisync.kernels.fold import Reducer
 from mpisync.transport import communicators
-from mpisync.transport.base import RootLink, WorkerLink
 from mpisync.transport.collectives import exchange, poll
-from mpisync.transport.layout import Layout
-from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
 from mpisync.transport.peers import Peer
-from mpisync.transport.shared import Board, SharedRootLink, SharedWorkerLink
-from mpisync.transport.shared_memory import SharedMemory
 
 
 @dataclass(frozen=True)
@@ -124,110 +117,3 @@ def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
     poll(request, comm, "to reach the session")
     communicators.keep(comm, private)
     return private
-
-
-@dataclass
-class Memories:
-    """What this rank mapped: the board, and its own slot (the root: every mapped worker's)."""
-
-    board: SharedMemory | None
-    slots: dict[int, SharedMemory]
-    why_not: str = ""  # what kept the ranks of this node from sharing memory
-
-    def drop(self) -> None:
-        """Give everything back."""
-        for memory in (self.board, *self.slots.values()):
-            if memory is not None:
-                memory.close()
-        self.board, self.slots = None, {}
-
-
-def share(meeting: Meeting, layout: Layout, published: Layout, buffers: int) -> Memories:
-    """Map the board and slots among the ranks that can; the rest use messages. Collective.
-
-    A node is whoever manages to map its memory. Where another process's descriptors cannot be
-    opened, a file is tried.
-    """
-    if meeting.transport == "messages":
-        return Memories(None, {})
-    here = meeting.peers[meeting.root].boot
-    near = sum(meeting.peers[worker].boot == here for worker in meeting.workers)
-    memories, mapped = _share_once(meeting, layout, published, buffers, as_file=False)
-    if mapped < near:
-        memories.drop()
-        memories, mapped = _share_once(meeting, layout, published, buffers, as_file=True)
-    return memories
-
-
-def _share_once(
-    meeting: Meeting, layout: Layout, published: Layout, buffers: int, *, as_file: bool
-) -> tuple[Memories, int]:
-    comm, root, workers = meeting.comm, meeting.root, len(meeting.workers)
-    mine = Memories(None, {})
-
-    def attempt(action: Callable[[], SharedMemory]) -> SharedMemory | None:
-        try:
-            return action()
-        except OSError as error:
-            mine.why_not = str(error)
-            return None
-
-    if meeting.is_root:
-        size_bytes = Board.size_bytes(workers, published, buffers)
-        mine.board = attempt(lambda: SharedMemory.create(size_bytes, as_file=as_file))
-        if mine.board is not None:
-            Board(mine.board, workers, published, buffers).words[0] = -1  # no version yet
-    boards = exchange(comm, mine.board.address if mine.board else "", "where its memory is")
-    if boards[root] and not meeting.is_root:
-        mine.board = attempt(lambda: SharedMemory.attach(boards[root]))
-    if mine.board is not None and not meeting.is_root:
-        slot = attempt(lambda: SharedMemory.create(layout.size_bytes, as_file=as_file))
-        mine.slots = {comm.rank: slot} if slot is not None else {}
-    offered = mine.slots.get(comm.rank)
-    slots = exchange(comm, offered.address if offered else "", "where its memory is")
-    if meeting.is_root:
-        for worker in meeting.workers:
-            address = slots[worker]
-            memory = attempt(partial(SharedMemory.attach, address)) if address else None
-            if memory is not None:
-                mine.slots[worker] = memory
-    said = exchange(comm, json.dumps([sorted(mine.slots), mine.why_not]), "what it mapped")
-    mapped = json.loads(said[root])[0]
-    mine.why_not = next((why for text in said if (why := json.loads(text)[1])), "")
-    if not meeting.is_root and comm.rank not in mapped:
-        mine.drop()
-    for memory in (mine.board, *mine.slots.values()):
-        if memory is not None:
-            memory.unlink()
-    return mine, len(mapped)
-
-
-def root_links(
-    meeting: Meeting, layout: Layout, published: Layout, memories: Memories, buffers: int, reducer: Reducer
-) -> list[RootLink]:
-    """The root's side of every worker."""
-    links: list[RootLink] = []
-    if memories.board is not None and memories.slots:
-        board = Board(memories.board, len(meeting.workers), published, buffers)
-        links.append(
-            SharedRootLink(meeting.comm, meeting.incarnation, layout, board, memories.slots, reducer)
-        )
-    far = [worker for worker in meeting.workers if worker not in memories.slots]
-    if far:
-        links.append(
-            MessageRootLink(
-                meeting.comm, far, meeting.incarnation, layout, published, finish_old_versions=buffers > 1
-            )
-        )
-    return links
-
-
-def worker_link(
-    meeting: Meeting, layout: Layout, published: Layout, memories: Memories, buffers: int
-) -> WorkerLink:
-    """This worker's side."""
-    comm, root = meeting.comm, meeting.root
-    if memories.board is None:
-        return MessageWorkerLink(comm, root, meeting.incarnation, layout, published)
-    board = Board(memories.board, len(meeting.workers), published, buffers)
-    return SharedWorkerLink(comm, root, layout, published, board, memories.slots[comm.rank])

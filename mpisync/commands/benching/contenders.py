@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.commands.benching.measuring import meet
 from mpisync.policies import BackupWorkers
+from mpisync.transport import rendezvous
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
 
@@ -134,19 +135,21 @@ class Ours(Contender):
         os.environ.setdefault("MPISYNC_STALL_REPORT_S", "3600")  # the others' turns are no stalls
         layout = Layout.of([("float32", size)])
         self._own = comm.Dup()  # two runs at a time must not share a communicator
-        place = Participant(self._own, Proposal("", ""), lambda a, b: None, layout, layout, BackupWorkers(0))
+        compile_at_root(self._own, layout)
+        meeting = rendezvous.meet(self._own, Proposal("", ""), lambda a, b: None)
+        participant = Participant(meeting, layout, layout, BackupWorkers(0))
         self._known = np.zeros(8, np.float32)
         self._check = Update(optimizer, self._known)
-        if place.is_root:
-            self._root = place.root()
+        if participant.is_root:
+            self._root = participant.root()
             self._steps = self._root.serve()
-            self._update = Update(optimizer, layout.arrays(place.parameters)[0], place.reducer.threads)
+            self._update = Update(optimizer, layout.arrays(participant.parameters)[0], participant.reducer.threads)
             self._spans = [SgdSpan(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []
             }  # fmt: skip
         else:
-            self._worker = place.worker()
+            self._worker = participant.worker()
             link = self._worker.link
             self._parameters = layout.arrays(link.parameters)[0]
             layout.arrays(link.gradient)[0][:] = pattern(size) * (comm.rank + 1)
