@@ -325,6 +325,23 @@ def test_the_end_of_the_loops_is_the_end_for_everyone(comm, transport):
     assert_nothing_left(comm)
 
 
+@pytest.mark.parallel(3)
+@pytest.mark.parametrize("policy", [BackupWorkers(0), Async()], ids=str)
+def test_parameters_are_kept_once_where_all_can_read_them_in_place(comm, transport, policy):
+    theta = np.zeros(100, np.float32)
+    is_home = transport == "shared" and policy.staleness == 0
+    with PartialReduce(comm, like=theta, policy=policy) as reduction:
+        if reduction.is_root:
+            home = reduction._root.links[0].home()
+            assert (home is not None) == is_home
+            assert not is_home or np.shares_memory(home, reduction.parameters)
+            lead(reduction, theta, 2)
+        else:
+            assert reduction._participant.reads_in_place == (is_home or transport == "messages")
+            work(reduction, theta)
+    assert_nothing_left(comm)
+
+
 # -- sessions --------------------------------------------------------------------------------------
 
 
