@@ -3,7 +3,10 @@
 import argparse
 import errno
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from launch import ROOT
 from mpi4py import MPI
 
+from mpisync import siblings
 from mpisync.commands import run
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.options import chosen_policy
@@ -548,7 +552,9 @@ def test_where_no_descriptor_can_be_opened_a_file_is_shared(comm, monkeypatch):
 
 
 @pytest.mark.parallel(3)
-def test_where_memory_is_short_messages_are_used_and_it_is_said(comm, monkeypatch, capfd):
+@pytest.mark.parametrize("asked", ["auto", "shared"])
+def test_where_memory_is_short_messages_are_used_and_it_is_said(comm, monkeypatch, capfd, asked):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", asked)
     if comm.rank == 0:
 
         def full(fd, offset, size):
@@ -629,6 +635,27 @@ def test_memory_that_cannot_be_had_is_an_error_that_says_how_much(monkeypatch):
             SharedMemory.create(5_000_000, as_file=as_file)
     assert len(os.listdir("/proc/self/fd")) == len(before[0])
     assert os.listdir("/dev/shm") == before[1]
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_asked_for_a_process_by_one_function():
+    def ticks():
+        return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
+
+    before = ticks()
+    # a name with a bracket and a space, as the text has it: "PID (a) b) S PPID ..."
+    with subprocess.Popen([sys.executable, "-c", "open('/proc/self/comm', 'w').write('a) b'); input()"],
+                          stdin=subprocess.PIPE) as child:  # fmt: skip
+        give_up_s = time.monotonic() + 20.0
+        while Path(f"/proc/{child.pid}/comm").read_text() != "a) b\n":
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        now = siblings.stat(child.pid)
+        assert now.state in "RSD" and now.parent == os.getpid() and before - 2 <= now.started <= ticks() + 2
+        child.communicate(b"\n")
+    assert siblings.stat(child.pid) is None
 
 
 # -- futex -----------------------------------------------------------------------------------------
