@@ -21,17 +21,6 @@ class Setting:
     help: str
 
 
-def choice(*words: str) -> Callable[[str], str]:
-    """Return a parser that takes one of `words`."""
-
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"must be one of {', '.join(words)}")
-        return text
-
-    return parse
-
-
 def seconds(text: str) -> float:
     """Parse a number of seconds."""
     value = float(text)
@@ -61,10 +50,7 @@ SETTINGS: dict[str, Setting] = {
     for setting in (
         Setting("MPISYNC_POLICY", str, None, "the policy, in place of the script's own"),
         Setting(
-            "MPISYNC_TRANSPORT",
-            choice("auto", "shared", "messages"),
-            "auto",
-            "how gradients travel on a node: shared memory, MPI messages, or the first that works",
+            "MPISYNC_TRANSPORT", str, "auto", "how gradients travel; auto: by the first transport that reaches a worker"
         ),
         Setting(
             "MPISYNC_START_TIMEOUT_S", seconds, 300.0, "how long ranks wait for each other at the start"

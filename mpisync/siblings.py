@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 WAITS, ENDED = "mpisync:waits", "mpisync:ended"
 _RANKS = (b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=", b"SLURM_PROCID=")
@@ -31,6 +32,20 @@ class Sibling:
     def __str__(self) -> str:
         stopped = ", stopped by a signal" if self.state in "Tt" else ""
         return f"rank {self.rank} (pid {self.pid}{stopped})"
+
+
+class Stat(NamedTuple):
+    """What the kernel says of a process."""
+
+    state: str  # one letter: "R", "S", "T" stopped, "Z" ended, …
+    parent: int
+    started: int  # clock ticks: a pid that was used again is another process
+
+
+def stat(pid: int) -> Stat | None:
+    """Read a process's /proc/PID/stat; None where there is none."""
+    fields = _read(str(pid), "stat").decode(errors="replace").rpartition(")")[2].split()
+    return Stat(fields[0], int(fields[1]), int(fields[19])) if fields else None
 
 
 def mark(word: str) -> None:
@@ -59,10 +74,10 @@ def find() -> list[Sibling]:
         if entry.isdigit() and daemon is not None:
             rank = _rank(entry)
             if rank is not None and _daemon(int(entry)) == daemon:
-                state = _stat(entry)
-                if state and state[0] not in "ZX":
+                now = stat(int(entry))
+                if now and now.state not in "ZX":
                     name = _read(entry, "comm").decode().strip()
-                    found.append(Sibling(rank, int(entry), name, state[0]))
+                    found.append(Sibling(rank, int(entry), name, now.state))
     return sorted(found, key=lambda sibling: (sibling.rank, sibling.pid))
 
 
@@ -79,10 +94,10 @@ def _daemon(pid: int) -> int | None:
     if _rank(str(pid)) is None:
         return None
     while _rank(str(pid)) is not None:
-        state = _stat(str(pid))
-        if state is None:
+        now = stat(pid)
+        if now is None:
             return None
-        pid = state[1]
+        pid = now.parent
     return pid
 
 
@@ -93,11 +108,6 @@ def _rank(pid: str) -> int | None:
             if entry.startswith(name) and entry[len(name) :].isdigit():
                 return int(entry[len(name) :])
     return None
-
-
-def _stat(pid: str) -> tuple[str, int] | None:
-    fields = _read(pid, "stat").decode(errors="replace").rpartition(")")[2].split()
-    return (fields[0], int(fields[1])) if fields else None
 
 
 def _read(pid: str, name: str) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from mpisync.aggregation.late_work import Discard, Requeue
 from mpisync.aggregation.root import Root
 from mpisync.kernels.fold import Reducer
-from mpisync.transport.base import RootLink
+from mpisync.transport.base import GradientFetcher, RootLink
 from mpisync.transport.layout import Layout, aligned_bytes
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import GradientInfo, Header, Kind, Status
@@ -71,23 +71,24 @@ def value_of(worker, sequence, size=SIZE):
 
 
 class ScriptedLink(RootLink):
-    """A transport whose headers, payloads and stalls are the script's."""
+    """A transport whose headers, payloads and stalls are the script's; with a fetcher, gradients come in pieces."""
+
+    name = "scripted"
 
     def __init__(self, world, workers, *, in_pieces, capacity):
-        self.workers = tuple(workers)
-        self.in_pieces, self.world, self.capacity = in_pieces, world, capacity
-        self.inbox, self.arrived = [], []
+        self.workers, self.is_contiguous = tuple(workers), not in_pieces
+        self.world, self.inbox, self.whole = world, [], set()
         self.memory = {w: aligned_bytes(world.layout.size_bytes) for w in workers}
         for worker in workers:
             self.poison(worker)
-        self.asked, self.whole = {}, set()
-        self.most_asked = 0
+        self.fetcher = ScriptedFetcher(self, capacity) if in_pieces else None
         self.version, self.parameters = -1, None
         self.ends = []
         self.served = {}
         self.closed = False
 
     def poison(self, worker):
+        self.whole.discard(worker)
         self.memory[worker][:] = 0xFF
 
     def fill(self, worker, sequence):
@@ -95,55 +96,22 @@ class ScriptedLink(RootLink):
         target[:] = value_of(worker, sequence, target.size)
         if self.world.layout.extras_bytes:
             self.world.layout.extras(self.memory[worker])[:] = (worker, sequence)
+        self.whole.add(worker)
+
+    def home(self):
+        return None
 
     def headers(self):
         heard, self.inbox = self.inbox, []
         return heard
 
-    def progress(self):
-        arrived, self.arrived = self.arrived, []
-        return arrived
-
-    def want(self, worker):
-        if not self.in_pieces or worker in self.asked:
-            return True
-        if len(self.asked) >= self.capacity:
-            return False
-        now_s = self.world.now_s
-        self.asked[worker] = now_s
-        self.most_asked = max(self.most_asked, len(self.asked))
-        its = self.world.workers[worker]
-        sequence = its.sequence
-        self.world.at(now_s + its.transit(sequence), lambda: self.come(worker, sequence, now_s))
-        return True
-
-    def come(self, worker, sequence, asked_s):
-        its = self.world.workers[worker]
-        if self.asked.get(worker) == asked_s and its.sequence == sequence and not its.dead:
-            self.fill(worker, sequence)
-            self.whole.add(worker)
-            self.arrived.append(worker)
-
-    def is_whole(self, worker):
-        return worker in self.whole
-
-    def is_moving(self, worker, now_s):
-        return worker in self.whole or now_s - self.asked[worker] < STALLED_S
-
     def gradient(self, worker, block):
         assert worker in self.whole, f"worker {worker}'s gradient is read before it is whole"
         return self.world.layout.view(self.memory[worker], block)
 
-    def release(self, worker):
-        self.asked.pop(worker, None)
-        if self.in_pieces:
-            self.whole.discard(worker)
-            self.poison(worker)
-
     def reply(self, worker, reply):
-        if not self.in_pieces and reply.ordinal in self.world.workers[worker].said:
-            self.whole.discard(worker)  # the slot is its worker's again, who spoils it at once
-            self.poison(worker)
+        if self.fetcher is None and reply.ordinal in self.world.workers[worker].said:
+            self.poison(worker)  # the slot is its worker's again, who spoils it at once
         self.world.hear(self.world.workers[worker], reply)
 
     def begin(self, version):
@@ -166,13 +134,53 @@ class ScriptedLink(RootLink):
             for worker in self.workers:
                 self.world.notice_the_end(self.world.workers[worker])
 
-    busy = False
-
     def wait(self, timeout_s, headers=1):
         self.world.sleep(timeout_s)
 
     def close(self):
         self.closed = True
+
+
+class ScriptedFetcher(GradientFetcher):
+    """Has memory for `capacity` gradients, each of which comes when the script says so."""
+
+    def __init__(self, link, capacity):
+        self.link, self.world, self.capacity = link, link.world, capacity
+        self.asked, self.arrived = {}, []
+        self.most_asked = 0
+
+    def want(self, worker):
+        if worker in self.asked:
+            return True
+        if len(self.asked) >= self.capacity:
+            return False
+        now_s = self.world.now_s
+        self.asked[worker] = now_s
+        self.most_asked = max(self.most_asked, len(self.asked))
+        its = self.world.workers[worker]
+        sequence = its.sequence
+        self.world.at(now_s + its.transit(sequence), lambda: self.come(worker, sequence, now_s))
+        return True
+
+    def come(self, worker, sequence, asked_s):
+        its = self.world.workers[worker]
+        if self.asked.get(worker) == asked_s and its.sequence == sequence and not its.dead:
+            self.link.fill(worker, sequence)
+            self.arrived.append(worker)
+
+    def is_whole(self, worker):
+        return worker in self.link.whole
+
+    def is_moving(self, worker, now_s):
+        return self.is_whole(worker) or now_s - self.asked[worker] < STALLED_S
+
+    def progress(self):
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def release(self, worker):
+        self.asked.pop(worker, None)
+        self.link.poison(worker)
 
 
 class World:
@@ -256,9 +264,8 @@ class World:
         )  # fmt: skip
         if kind == Kind.GRADIENT:
             worker.said[worker.ordinal] = header
-            if not worker.link.in_pieces:
+            if worker.link.fetcher is None:
                 worker.link.fill(worker.number, worker.sequence)
-                worker.link.whole.add(worker.number)
         worker.link.inbox.append(header)
 
     def hear(self, worker, reply):

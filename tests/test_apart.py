@@ -20,7 +20,7 @@ LAYOUT = Layout.of([("float32", 40)])
 class Node:
     """Another node's aggregator: it has its workers' gradients and their sum, and decides nothing."""
 
-    in_pieces = False
+    is_contiguous = True
 
     def __init__(self, workers):
         self.gradients = {worker: np.zeros(LAYOUT.size_bytes, np.uint8) for worker in workers}

@@ -164,7 +164,7 @@ def test_with_memory_for_two_both_of_which_stall_the_next_ones_count():
     records = world.serve(3)
     assert [{w for w, *_ in r.accepted} for r in records[:1]] == [{2, 3}]
     assert records[0].closed_s - records[0].opened_s < 1.3 + 0.5 + 0.5
-    assert world.links[0].most_asked <= 2
+    assert world.links[0].fetcher.most_asked <= 2
 
 
 def test_a_stalled_sender_that_comes_back_counts_when_it_is_whole():
@@ -196,7 +196,7 @@ def test_dead_senders_that_were_accepted_give_their_memory_back():
     world.at(101.5, lambda: world.kill(1))
     records = world.serve(4)
     assert [w for w, *_ in records[0].accepted] == [0, 1, 2], "what was accepted is used"
-    assert not world.links[0].asked.keys() & {0, 1}
+    assert not world.links[0].fetcher.asked.keys() & {0, 1}
 
 
 def test_order_is_by_time_of_completion_not_by_rank():

@@ -83,7 +83,6 @@ def test_a_signal_reaches_the_job(folder):
         (["-n", "0", "hello.py"], {}, "at least 1, not 0"),
         (["hello.py"], {}, "say how many ranks"),
         (["-n", "2", "--policy", "first:3", "hello.py"], {}, "a policy must be one of backup:B"),
-        (["-n", "2", "--transport", "fast", "hello.py"], {}, "auto, shared, messages"),
         (["-n", "2", "hello.py"], {"MPI4PY_LIBMPI": "/nowhere.so"}, "cannot load an MPI library"),
         (
             ["-n", "2", "hello.py"],

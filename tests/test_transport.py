@@ -1,18 +1,25 @@
 """Both transports against their contract: what is pushed, folded, published and pulled, and left."""
 
+import argparse
 import errno
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from launch import ROOT
 from mpi4py import MPI
 
+from mpisync import siblings
+from mpisync.commands import run
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.options import chosen_policy
 from mpisync.session.partial_reduce import PartialReduce
-from mpisync.transport import communicators, shared
+from mpisync.transport import communicators, connect, shared
 from mpisync.transport import shared_memory as memory_module
 from mpisync.transport.shared_memory import Futex, SharedMemory
 
@@ -322,6 +329,23 @@ def test_the_end_of_the_loops_is_the_end_for_everyone(comm, transport):
     assert_nothing_left(comm)
 
 
+@pytest.mark.parallel(3)
+@pytest.mark.parametrize("policy", [BackupWorkers(0), Async()], ids=str)
+def test_parameters_are_kept_once_where_all_can_read_them_in_place(comm, transport, policy):
+    theta = np.zeros(100, np.float32)
+    is_home = transport == "shared" and policy.staleness == 0
+    with PartialReduce(comm, like=theta, policy=policy) as reduction:
+        if reduction.is_root:
+            home = reduction._root.roster.links[0].home()
+            assert (home is not None) == is_home
+            assert not is_home or np.shares_memory(home, reduction.parameters)
+            lead(reduction, theta, 2)
+        else:
+            assert reduction._participant.reads_in_place == (is_home or transport == "messages")
+            work(reduction, theta)
+    assert_nothing_left(comm)
+
+
 # -- sessions --------------------------------------------------------------------------------------
 
 
@@ -468,6 +492,25 @@ def test_what_does_not_fit_is_refused_and_the_session_goes_on(comm):
             work(reduction, theta)
 
 
+@pytest.mark.parallel(3)
+def test_a_transport_that_does_not_exist_is_refused_on_every_rank_and_the_root_decides(comm, monkeypatch):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", "fast" if comm.rank == comm.size - 1 else "shared")
+    for _ in range(2):
+        refused(comm, "MPISYNC_TRANSPORT='fast': must be one of auto, shared, messages")
+    assert len(communicators.known(comm)) == 1, "who is refused gives the duplicate back"
+    monkeypatch.setenv("MPISYNC_TRANSPORT", "shared" if comm.rank == comm.size - 1 else "fast")
+    short(comm, 4)
+    assert_nothing_left(comm)
+
+
+def test_users_are_told_of_every_transport():
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "`MPISYNC_TRANSPORT`" in line)
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    for name in connect.TRANSPORTS:
+        assert f"`{name}`" in row and name in parser.format_help()
+
+
 # -- without shared memory -------------------------------------------------------------------------
 
 
@@ -509,7 +552,9 @@ def test_where_no_descriptor_can_be_opened_a_file_is_shared(comm, monkeypatch):
 
 
 @pytest.mark.parallel(3)
-def test_where_memory_is_short_messages_are_used_and_it_is_said(comm, monkeypatch, capfd):
+@pytest.mark.parametrize("asked", ["auto", "shared"])
+def test_where_memory_is_short_messages_are_used_and_it_is_said(comm, monkeypatch, capfd, asked):
+    monkeypatch.setenv("MPISYNC_TRANSPORT", asked)
     if comm.rank == 0:
 
         def full(fd, offset, size):
@@ -590,6 +635,27 @@ def test_memory_that_cannot_be_had_is_an_error_that_says_how_much(monkeypatch):
             SharedMemory.create(5_000_000, as_file=as_file)
     assert len(os.listdir("/proc/self/fd")) == len(before[0])
     assert os.listdir("/dev/shm") == before[1]
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_asked_for_a_process_by_one_function():
+    def ticks():
+        return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
+
+    before = ticks()
+    # a name with a bracket and a space, as the text has it: "PID (a) b) S PPID ..."
+    with subprocess.Popen([sys.executable, "-c", "open('/proc/self/comm', 'w').write('a) b'); input()"],
+                          stdin=subprocess.PIPE) as child:  # fmt: skip
+        give_up_s = time.monotonic() + 20.0
+        while Path(f"/proc/{child.pid}/comm").read_text() != "a) b\n":
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        now = siblings.stat(child.pid)
+        assert now.state in "RSD" and now.parent == os.getpid() and before - 2 <= now.started <= ticks() + 2
+        child.communicate(b"\n")
+    assert siblings.stat(child.pid) is None
 
 
 # -- futex -----------------------------------------------------------------------------------------

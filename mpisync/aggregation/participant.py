@@ -1,11 +1,9 @@
-"""How a rank takes its place in a run: it meets the others, maps what they share, and becomes root or worker."""
+"""What a rank is in a run, once all have met: the root or a worker, connected to its other side."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-import numpy as np
 from mpi4py import MPI
 
 from mpisync import settings
@@ -14,67 +12,50 @@ from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
 from mpisync.kernels.fold import Reducer, warm
 from mpisync.policies import Policy
-from mpisync.transport.layout import Layout, aligned_bytes
-from mpisync.transport.rendezvous import (
-    Meeting,
-    Memories,
-    Proposal,
-    meet,
-    root_links,
-    share,
-    worker_link,
-)
-from mpisync.transport.shared import SharedRootLink
+from mpisync.transport.connect import connect
+from mpisync.transport.layout import Layout
+from mpisync.transport.rendezvous import Meeting
 
 _MOST_THREADS = 8  # memory bandwidth is spent by then
 _BUFFERS = 3  # of parameters, where a worker may still read an old version
 
 
+def compile_at_root(comm: MPI.Intracomm, layout: Layout) -> None:
+    """Compile the kernels for a layout at the root only, before the ranks meet: the others find them in the cache."""
+    if comm.rank == comm.size - 1:
+        _compile(layout)
+
+
+def _compile(layout: Layout) -> None:
+    warm([segment.dtype.name for segment in layout.segments])
+
+
 class Participant:
-    """A rank's place. Collective: every rank of `comm` makes one with the same layouts.
+    """A rank in a run. Collective: every rank of the meeting makes one with the same layouts.
 
     Args:
-        comm: The user's communicator; a private duplicate is used.
-        claim: What this rank brings; everyone's must agree.
-        differ: Says how two claims' contents differ, or None.
+        meeting: Who met.
         layout: Of a gradient.
         published: Of the parameters.
         policy: The run's; the root's counts.
 
+    Attributes:
+        parameters: Bytes in which the root keeps the parameters; none on a worker.
+
     Raises:
-        ValueError: The ranks do not agree, or one of them has a problem.
+        ValueError: The transport that was asked for does not exist.
     """
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        claim: Proposal,
-        differ: Callable[[str, str], str | None],
-        layout: Layout,
-        published: Layout,
-        policy: Policy,
-    ) -> None:
-        self.layout, self.published, self.policy = layout, published, policy
-        dtypes = [segment.dtype.name for segment in layout.segments]
-        if comm.rank == comm.size - 1:
-            warm(dtypes)  # compiled once, before anyone waits for a step; the others find it cached
-        self.meeting: Meeting = meet(comm, claim, differ)
-        warm(dtypes)
+    def __init__(self, meeting: Meeting, layout: Layout, published: Layout, policy: Policy) -> None:
+        self.meeting, self.layout, self.published, self.policy = meeting, layout, published, policy
+        _compile(layout)
         self.reducer = Reducer(self._threads())
         # a worker that is out of date may go on reading only where its gradient can still count
-        self._buffers = 1 if policy.staleness == 0 else _BUFFERS
-        self._memories: Memories = share(self.meeting, layout, published, self._buffers)
-        self._links = (
-            root_links(
-                self.meeting, layout, published, self._memories, self._buffers, self.reducer
-            )
-            if self.is_root
-            else []
-        )
-        self.parameters = self._home()
-        if self.is_root and self._memories.why_not:
-            far = [link.workers for link in self._links if link.in_pieces]
-            print(f"mpisync: workers {far} use messages: {self._memories.why_not}", flush=True)
+        buffers = 1 if policy.staleness == 0 else _BUFFERS
+        self._connection = connect(meeting, layout, published, buffers, self.reducer)
+        self.parameters = self._connection.home
+        if self._connection.note:
+            print(f"mpisync: {self._connection.note}", flush=True)
 
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0))
@@ -87,25 +68,14 @@ class Participant:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether a worker may compute on the bytes that the root writes or sends.
-
-        With messages they change only while the worker waits. In shared memory they are updated in
-        place, and whoever still computes on them is late; where late gradients count they are not.
-        """
-        return self._buffers == 1 or self._memories.board is None
-
-    def _home(self) -> np.ndarray:
-        """Where the root keeps the parameters: in the shared memory if they may be read in place."""
-        shared = [link for link in self._links if isinstance(link, SharedRootLink)]
-        if shared and self._buffers == 1:
-            return shared[0].board.parameters[0]
-        return aligned_bytes(self.published.size_bytes if self.is_root else 0)
+        """Whether this rank, a worker, may compute on the bytes that the root writes or sends."""
+        return self._connection.reads_in_place
 
     def root(self, *, weighted: bool = False, late: LateWork | None = None) -> Root:
         """Become the root; `parameters` must be filled by now."""
         return Root(
             self.meeting.peers,
-            self._links,
+            self._connection.links,
             self.layout,
             self.parameters,
             self.policy,
@@ -117,9 +87,8 @@ class Participant:
 
     def worker(self) -> Worker:
         """Become a worker."""
-        link = worker_link(
-            self.meeting, self.layout, self.published, self._memories, self._buffers
-        )
+        link = self._connection.link
+        assert link is not None  # else this is the root
         return Worker(
             self.meeting.peers,
             link,

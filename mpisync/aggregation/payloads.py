@@ -1,4 +1,8 @@
-"""Which announced payloads the root asks for: first announced first, so many as the step still lacks."""
+"""Where gradients are: with their workers until the root asks for them, on their way, or whole in its reach.
+
+First announced are first asked for, so many as the step still lacks. Nothing else in this package knows that some links
+have gradients fetched and others do not.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from mpisync.aggregation.members import Member, State
 
 
 class PayloadQueue:
-    """Asks, and remembers whom it has still to ask.
+    """Asks for payloads, and remembers whom it has still to ask.
 
     Args:
         members: All workers, by number.
@@ -19,20 +23,24 @@ class PayloadQueue:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = members
+        fetchers = (member.link.fetcher for member in members)
+        self._fetchers = [fetcher for fetcher in dict.fromkeys(fetchers) if fetcher is not None]
         self.queue: list[Member] = []
 
     def is_whole(self, worker: int) -> bool:
-        """Whether every byte of a worker's gradient is in this process's reach."""
-        return self._members[worker].link.is_whole(worker)
-
-    def release(self, worker: int) -> None:
-        """Forget a worker's gradient: it was folded, or nobody wants it."""
-        self._members[worker].link.release(worker)
+        """Whether every byte of an announced payload is in this process's reach."""
+        fetcher = self._members[worker].link.fetcher
+        return fetcher is None or fetcher.is_whole(worker)
 
     def progress(self) -> list[int]:
-        """Return the workers whose asked-for gradient has become whole."""
-        links = {id(member.link): member.link for member in self._members}
-        return [worker for link in links.values() for worker in link.progress()]
+        """Move what was asked for; workers whose payload has become whole."""
+        return [worker for fetcher in self._fetchers for worker in fetcher.progress()]
+
+    def release(self, worker: int) -> None:
+        """Forget a payload: it was folded, or nobody wants it."""
+        fetcher = self._members[worker].link.fetcher
+        if fetcher is not None:
+            fetcher.release(worker)
 
     def want(self, worker: int) -> None:
         """Let a worker stand in line, once."""
@@ -42,9 +50,8 @@ class PayloadQueue:
 
     def drop(self, worker: int) -> None:
         """Ask a worker for nothing."""
-        member = self._members[worker]
-        if member in self.queue:
-            self.queue.remove(member)
+        if self.queue:
+            self.queue[:] = [member for member in self.queue if member.worker != worker]
 
     def ask(self, lacking: int, now_s: float, make_room: Callable[[], bool]) -> None:
         """Ask for payloads while fewer are on their way than the step lacks.
@@ -57,11 +64,11 @@ class PayloadQueue:
             make_room: Gives back the memory of what is accepted already; False where that is none.
         """
         wanted = [member for member in self._members if member.state is State.WANTED]
-        stalled = [m for m in wanted if not m.link.is_moving(m.worker, now_s)]
+        stalled = [member for member in wanted if not self._is_moving(member, now_s)]
         lacking -= len(wanted) - len(stalled)
         while self.queue and lacking > 0:
             member = self.queue[0]
-            if member.link.want(member.worker):
+            if self._is_asked(member):
                 self.queue.pop(0)
                 member.state = State.WANTED
                 lacking -= 1
@@ -69,8 +76,16 @@ class PayloadQueue:
                 continue
             elif stalled:
                 loser = stalled.pop()
-                loser.link.release(loser.worker)
+                self.release(loser.worker)
                 loser.state = State.ANNOUNCED
                 self.queue.append(loser)
             else:
                 return
+
+    def _is_moving(self, member: Member, now_s: float) -> bool:
+        fetcher = member.link.fetcher
+        return fetcher is None or fetcher.is_moving(member.worker, now_s)
+
+    def _is_asked(self, member: Member) -> bool:
+        fetcher = member.link.fetcher
+        return fetcher is None or fetcher.want(member.worker)

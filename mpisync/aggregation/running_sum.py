@@ -49,7 +49,7 @@ class RunningSum:
             aligned_bytes(s.count * s.dtype.accumulator.itemsize).view(s.dtype.accumulator)
             for s in layout.segments
         ]
-        blocks = layout.blocks if any(link.in_pieces for link in links) else layout.wholes
+        blocks = layout.wholes if all(link.is_contiguous for link in links) else layout.blocks
         self._blocks = [block for block in blocks if block.segment >= 0]
         self._kinds = [segment.dtype for segment in layout.segments]
         self._pending: list[tuple[RootLink, int, float]] = []

@@ -48,7 +48,6 @@ def farewell(root: Root, *, grace_s: float, stopped_grace_s: float, failure: str
         while heard:
             _, _, header = heard.popleft()
             _hear(root, roster.members[header.worker], header)
-        root.payloads.progress()
         roster.flush()
         for member in roster.ended():
             root.lose(member, State.LOST)

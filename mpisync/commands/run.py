@@ -105,9 +105,8 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
     ):
         if text is not None:
             environ[name] = text
-            settings.read(name, environ=environ)  # refuses nonsense here, once, not on every rank
     if environ.get("MPISYNC_POLICY"):
-        parse_policy(environ["MPISYNC_POLICY"])
+        parse_policy(environ["MPISYNC_POLICY"])  # refuses nonsense here, once, not on every rank
     if sys.stderr.isatty():
         environ["MPISYNC_COLUMNS"] = str(os.get_terminal_size(sys.stderr.fileno()).columns or 80)
     for name in settings.unknown(environ):

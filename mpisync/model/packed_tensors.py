@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpisync.transport.layout import aligned
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-ALIGNMENT_BYTES = 64
 CHUNK_BYTES = 1 << 18  # of one mean: temporaries stay in cache, and constants are skipped in pieces
 
 
@@ -63,7 +64,7 @@ class PackedTensors:
             for name, tensor in members:
                 self._place(model, name, tensor)
             self._runs.append((dtype, begin, self.size_bytes))
-            self.size_bytes += -self.size_bytes % ALIGNMENT_BYTES
+            self.size_bytes = aligned(self.size_bytes)
 
     def _place(self, model: nn.Module, name: str, tensor: Tensor) -> None:
         path, _, attribute = name.rpartition(".")

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.model.signature import plain_name
-
-ALIGNMENT_BYTES = 64
+from mpisync.transport.layout import ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def lay_out(
     counts = dict.fromkeys(present, 0)
     places = []
     for name, (parameter, tensor) in zip(names, trained, strict=True):
-        step = ALIGNMENT_BYTES // DTYPES[name].itemsize
+        step = ALIGNMENT // DTYPES[name].itemsize
         stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape).stride()
         places.append(
             TensorLayout(

@@ -1,4 +1,4 @@
-"""What a root and a worker of a torch session have in common: their layouts and their place."""
+"""What a root and a worker of a torch session have in common: their layouts, and their part in the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
-from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.model.flat import FlatModel
 from mpisync.model.scheduler import check_scheduler
 from mpisync.model.signature import difference
@@ -17,12 +17,13 @@ from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
+from mpisync.transport.collectives import poll
 from mpisync.transport.layout import Layout, aligned, aligned_bytes
-from mpisync.transport.rendezvous import Proposal, poll
+from mpisync.transport.rendezvous import Proposal, meet
 
 
 class DistributedModel:
-    """The model as it travels, and this rank's place in the run. Collective.
+    """The model as it travels, and this rank's part in the run. Collective.
 
     A gradient's extras are a byte a parameter that says whether it had a gradient, then the module
     buffers; a version's extras are the module buffers. The average, if there is one, follows the
@@ -40,9 +41,8 @@ class DistributedModel:
             or problem_of(lambda: check_scheduler(options.scheduler, optimizer))
             or problem_of(lambda: FlatModel(model))
         )
-        if problem:  # meet() raises it on every rank
-            empty = Layout.of([])
-            Participant(comm, Proposal("", problem), _differ, empty, empty, options.policy)
+        if problem:
+            meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank
         self.flat = FlatModel(model)
         self.presence_bytes = aligned(len(self.flat.parameters))
         self.segments = len(self.flat.segments)
@@ -59,12 +59,14 @@ class DistributedModel:
             "on_late": str(options.on_late),
         }
         content = json.dumps([said, self.flat.signature().decode()])
-        self.place = Participant(comm, Proposal(content), _differ, layout, published, options.policy)
+        compile_at_root(comm, layout)
+        meeting = meet(comm, Proposal(content), _differ)
+        self.participant = Participant(meeting, layout, published, options.policy)
         self._share_frozen()
 
     def _share_frozen(self) -> None:
         """Frozen parameters never travel again: everyone takes the root's values now."""
-        frozen, meeting = self.flat.frozen, self.place.meeting
+        frozen, meeting = self.flat.frozen, self.participant.meeting
         if frozen.size_bytes:
             values = aligned_bytes(frozen.size_bytes)
             views = frozen.views(values)
@@ -76,11 +78,11 @@ class DistributedModel:
 
     def parameters(self, memory: np.ndarray) -> Views:
         """The parameters in a version's bytes."""
-        return self.flat.views(self.place.published.arrays(memory)[: self.segments])
+        return self.flat.views(self.participant.published.arrays(memory)[: self.segments])
 
     def averages(self, memory: np.ndarray) -> Views:
         """Their average in a version's bytes."""
-        return self.flat.views(self.place.published.arrays(memory)[self.segments :])
+        return self.flat.views(self.participant.published.arrays(memory)[self.segments :])
 
 
 def _differ(root: str, here: str) -> str | None:

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.errors import PeerFailed
-from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.aggregation.verdict import Verdict
@@ -21,7 +21,7 @@ from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.options import check_communicator, chosen_policy, problem_of
 from mpisync.transport.layout import Layout
-from mpisync.transport.rendezvous import Proposal, check_launcher
+from mpisync.transport.rendezvous import Proposal, check_launcher, meet
 from mpisync.transport.wire import GradientInfo
 
 
@@ -126,17 +126,19 @@ class PartialReduce:
             problem = problem or problem_of(lambda: self._check(parameters, "the parameters"))
         layout = Layout.of([(self._dtype.name, like.size)])
         content = json.dumps({"dtype": self._dtype.name, "shape": list(like.shape), "policy": str(policy)})
-        self._place = Participant(comm, Proposal(content, problem), _differ, layout, layout, policy)
-        self.is_root = self._place.is_root
+        compile_at_root(comm, layout)
+        meeting = meet(comm, Proposal(content, problem), _differ)
+        self._participant = Participant(meeting, layout, layout, policy)
+        self.is_root = self._participant.is_root
         self._root: Root | None = None
         self._worker: Worker | None = None
         if self.is_root:
-            self._flat: np.ndarray = layout.arrays(self._place.parameters)[0].view(like.dtype)
+            self._flat: np.ndarray = layout.arrays(self._participant.parameters)[0].view(like.dtype)
             if parameters is not None:
                 np.copyto(self._flat, parameters.reshape(-1))
-            self._root = self._place.root()
+            self._root = self._participant.root()
         else:
-            self._worker = self._place.worker()
+            self._worker = self._participant.worker()
             link = self._worker.link
             self._flat = layout.arrays(link.parameters)[0].view(like.dtype)
             gradient = layout.arrays(link.gradient)[0].view(like.dtype)
@@ -203,7 +205,7 @@ class PartialReduce:
         worker = self._as_worker("push")
         if self._freed:
             raise RuntimeError("push comes too late: the training has ended, as pull said with False")
-        reducer = self._place.reducer
+        reducer = self._participant.reducer
         if gradient is None or gradient is self.gradient:  # it is in its slot already
             peak = reducer.peak(self._slot, self._dtype)
         else:

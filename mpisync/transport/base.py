@@ -1,9 +1,8 @@
-"""The contract of a transport, and what both of its implementations share.
+"""The contract of a transport: what the root and a worker may ask of the link between them.
 
-A worker sends headers by nonblocking MPI messages over either transport; they differ in how the gradient, the reply and
-the parameters travel. Who may write what:
+Transports differ in how headers, gradients, replies and parameters travel. Who may write what holds for all of them:
 
-    worker → root   header            an MPI message; the worker keeps its buffer until the send has completed
+    worker → root   header            the worker's until `send`
                     gradient          the worker's, from `pull` until `send`; the root's until it has replied
     root → worker   reply             the root's; one per header, quoting its ordinal
                     parameters        the root's; a worker reads them after `newest()` says so
@@ -12,18 +11,12 @@ the parameters travel. Who may write what:
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from mpi4py import MPI
 
-from mpisync.transport import communicators
 from mpisync.transport.layout import Block, Layout
-from mpisync.transport.wire import HEADER_BYTES, Header, Kind, Reply, Tag
-
-_KINDS = frozenset(Kind)
+from mpisync.transport.wire import Header, Reply
 
 
 @dataclass(frozen=True)
@@ -34,76 +27,8 @@ class End:
     failure: str = ""
 
 
-class RootLink(abc.ABC):
-    """The root's side: one object serves all workers that it reaches the same way."""
-
-    in_pieces: bool  # whether a gradient lies in memory block by block
-
-    def __init__(self, comm: MPI.Intracomm, workers: Iterable[int], incarnation: int) -> None:
-        self.workers = tuple(workers)
-        self.comm = comm
-        self.incarnation = incarnation
-        self._buffers = [bytearray(self.header_bytes()) for _ in self.workers]
-        self._receives = [
-            comm.Recv_init([buffer, MPI.BYTE], source=worker, tag=Tag.HEADER)
-            for worker, buffer in zip(self.workers, self._buffers, strict=True)
-        ]
-        self._open = set(self.workers)
-        MPI.Prequest.Startall(self._receives)
-
-    def header_bytes(self) -> int:
-        """Bytes of a header message; a transport may append a small gradient."""
-        return HEADER_BYTES
-
-    def headers(self) -> list[Header]:
-        """Take in the headers that have arrived, in no order that means anything.
-
-        Raises:
-            RuntimeError: A header does not fit this run.
-        """
-        return self._take_in(math.inf)
-
-    def _take_in(self, most: float) -> list[Header]:
-        """Take in headers until there are none, or so many that no further one is expected."""
-        heard: list[Header] = []
-        # Open MPI looks first and moves messages then: what it moved, only a second look shows
-        looks = 1 if math.isinf(most) else 2
-        while len(heard) < most and self._open and looks:
-            ready = MPI.Request.Testsome(self._receives)
-            if not ready:
-                looks -= 1
-                continue
-            for index in ready:
-                worker = self.workers[index]
-                header = Header.unpack(self._buffers[index])
-                self._check(worker, header)
-                self._received(worker, self._buffers[index])
-                heard.append(header)
-                if header.kind == Kind.BYE:
-                    self._open.discard(worker)
-                else:
-                    self._receives[index].Start()
-        return heard
-
-    def _check(self, worker: int, header: Header) -> None:
-        known = header.kind in _KINDS
-        if header.incarnation != self.incarnation or header.worker != worker or not known:
-            raise RuntimeError(
-                f"a header from rank {worker} does not fit this run: {header}; "
-                "are two runs mixed on one communicator?"
-            )
-
-    def _received(self, worker: int, message: bytearray) -> None:  # noqa: B027 (nothing, by default)
-        """Take what else a header message carries."""
-
-    @property
-    def unfinished(self) -> list[int]:
-        """Workers that have not said their last word."""
-        return sorted(self._open)
-
-    @abc.abstractmethod
-    def progress(self) -> list[int]:
-        """Move what is under way; workers whose asked-for gradient has become whole."""
+class GradientFetcher(abc.ABC):
+    """The root's way to gradients that stay with their workers until they are asked for."""
 
     @abc.abstractmethod
     def want(self, worker: int) -> bool:
@@ -118,41 +43,75 @@ class RootLink(abc.ABC):
         """Whether the asked-for gradient still makes progress; a stalled one is not waited for."""
 
     @abc.abstractmethod
-    def gradient(self, worker: int, block: Block) -> np.ndarray:
-        """The elements of one block of a whole gradient."""
+    def progress(self) -> list[int]:
+        """Receive what has come; workers whose asked-for gradient has become whole."""
 
     @abc.abstractmethod
     def release(self, worker: int) -> None:
         """Forget the announced gradient: it was folded, or nobody wants it."""
 
+
+class RootLink(abc.ABC):
+    """The root's side: one object serves all workers that it reaches the same way.
+
+    Attributes:
+        name: What records call the transport.
+        workers: Whom it reaches.
+        is_contiguous: Whether a gradient lies in one run of memory; else block by block.
+        fetcher: How to get gradients that stay with their workers until they are asked for; None where each is whole
+            when its header arrives, and its memory is the worker's again with the reply.
+    """
+
+    name: str
+    workers: tuple[int, ...]
+    is_contiguous: bool
+    fetcher: GradientFetcher | None = None
+
+    @abc.abstractmethod
+    def home(self) -> np.ndarray | None:
+        """Memory in which the root may keep the parameters, so that workers read them in place; None without."""
+
+    @abc.abstractmethod
+    def headers(self) -> list[Header]:
+        """Take in the headers that have arrived, in no order that means anything, and move what is being sent.
+
+        Raises:
+            RuntimeError: A header does not fit this run.
+        """
+
+    @abc.abstractmethod
+    def gradient(self, worker: int, block: Block) -> np.ndarray:
+        """The elements of one block of a whole gradient."""
+
     @abc.abstractmethod
     def reply(self, worker: int, reply: Reply) -> None:
         """Answer a header."""
 
-    @abc.abstractmethod
-    def begin(self, version: int) -> None:
-        """Say that the parameters are about to be overwritten by those of `version`."""
+    def begin(self, version: int) -> None:  # noqa: B027 (nothing, by default)
+        """Say that the parameters are about to be overwritten by those of `version`.
+
+        Nothing to do where workers read copies that were sent to them.
+        """
 
     @abc.abstractmethod
     def publish(self, version: int, parameters: np.ndarray) -> None:
         """Make `version` the newest; `parameters` do not change until the next `begin`."""
 
-    @abc.abstractmethod
-    def serve(self, worker: int) -> None:
-        """Let `worker` have the newest version, unless it has been sent to it already."""
+    def serve(self, worker: int) -> None:  # noqa: B027 (nothing, by default)
+        """Let `worker` have the newest version, unless it has been sent to it already.
+
+        Nothing to do where all can read what was published.
+        """
 
     @abc.abstractmethod
     def end(self, end: End) -> None:
         """Say that the training is over."""
 
-    @abc.abstractmethod
-    def flush(self) -> None:
-        """Wake whoever waits for what was said since the last flush."""
+    def flush(self) -> None:  # noqa: B027 (nothing, by default)
+        """Wake whoever waits for what was said since the last flush.
 
-    @property
-    @abc.abstractmethod
-    def busy(self) -> bool:
-        """Whether something is on its way that only moves inside MPI calls."""
+        Nothing to do where what is said wakes its receiver.
+        """
 
     @abc.abstractmethod
     def wait(self, timeout_s: float, headers: int = 1) -> None:
@@ -164,25 +123,27 @@ class RootLink(abc.ABC):
                 or a gradient that is late or not finite, wakes all the same.
         """
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Withdraw the receives of workers that never said goodbye."""
-        for worker, request in zip(self.workers, self._receives, strict=True):
-            if worker in self._open:
-                request.Cancel()
-                request.Wait()
-            request.Free()
-        self._receives, self._open = [], set()
-        communicators.give_back(self.comm)
+        """Give everything back, also what waits for workers that never said goodbye."""
 
 
 class WorkerLink(abc.ABC):
-    """A worker's side."""
+    """A worker's side.
 
-    layout: Layout  # of the gradient
-    published: Layout  # of the parameters
-    gradient: np.ndarray  # uint8, this worker's to fill between a reply and the next `send`
-    parameters: np.ndarray  # uint8, the newest parameters
-    shares_parameters: bool  # whether the root writes there while this worker computes
+    Attributes:
+        layout: Of the gradient.
+        published: Of the parameters.
+        gradient: uint8, this worker's to fill between a reply and the next `send`.
+        parameters: uint8, the newest parameters.
+        shares_parameters: Whether the root writes there while this worker computes.
+    """
+
+    layout: Layout
+    published: Layout
+    gradient: np.ndarray
+    parameters: np.ndarray
+    shares_parameters: bool
 
     @abc.abstractmethod
     def send(self, header: Header) -> None:
@@ -200,9 +161,12 @@ class WorkerLink(abc.ABC):
     def is_behind(self, version: int) -> bool:
         """Whether `version` is known to be superseded; costs one memory read where it can."""
 
-    @abc.abstractmethod
     def has_unsent_version(self) -> bool:
-        """Whether there is a newer version that comes only to a worker that asks for it."""
+        """Whether there is a newer version that comes only to a worker that asks for it.
+
+        Never where all can read what was published.
+        """
+        return False
 
     @abc.abstractmethod
     def read(self, target: np.ndarray) -> int:
@@ -215,6 +179,13 @@ class WorkerLink(abc.ABC):
     @abc.abstractmethod
     def wait(self, timeout_s: float) -> None:
         """Sleep until there may be news, and keep sends moving."""
+
+    def protect(self) -> bool:
+        """Make the parameters read-only for this process; whether it could.
+
+        Not where they are copies of the worker's own.
+        """
+        return False
 
     @abc.abstractmethod
     def close(self) -> None:

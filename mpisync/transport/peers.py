@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpisync.siblings import stat
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -28,8 +30,8 @@ class Peer:
         boot = Path("/proc/sys/kernel/random/boot_id")
         namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
         kernel = boot.read_text().strip() if boot.exists() else socket.gethostname()
-        state = _stat(os.getpid())
-        started = state[1] if state else 0
+        now = stat(os.getpid())
+        started = now.started if now else 0
         return cls(rank, socket.gethostname(), kernel, namespace, os.getpid(), started)
 
     @classmethod
@@ -50,10 +52,10 @@ class Peer:
 
         Meaningful only for a peer that this process `sees`.
         """
-        now = _stat(self.pid)
-        if now is None or now[1] != self.started or now[0] in "ZX":
+        now = stat(self.pid)
+        if now is None or now.started != self.started or now.state in "ZX":
             return None
-        return now[0]
+        return now.state
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, unless the process is gone."""
@@ -67,12 +69,3 @@ class Peer:
 def peak_rss_bytes() -> int:
     """The largest memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])

@@ -1,8 +1,7 @@
 """How the ranks of a communicator become one root and its workers.
 
-Every step is a nonblocking collective on a private duplicate of the user's communicator, polled with sleeps, so that a
-rank that never comes is named instead of waited for in silence. What is exchanged is JSON; a problem that one rank has
-is raised on all of them.
+They meet on a private duplicate of the user's communicator. What is exchanged is JSON; a problem that one rank has is
+raised on all of them.
 """
 
 from __future__ import annotations
@@ -10,24 +9,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
-from mpisync import launchers, settings, siblings
-from mpisync.kernels.fold import Reducer
+from mpisync import launchers, settings
 from mpisync.transport import communicators
-from mpisync.transport.base import RootLink, WorkerLink
-from mpisync.transport.layout import Layout
-from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
+from mpisync.transport.collectives import exchange, poll
 from mpisync.transport.peers import Peer
-from mpisync.transport.shared import Board, SharedRootLink, SharedWorkerLink
-from mpisync.transport.shared_memory import SharedMemory
 
 
 @dataclass(frozen=True)
@@ -126,178 +117,3 @@ def private_duplicate(comm: MPI.Intracomm) -> MPI.Intracomm:
     poll(request, comm, "to reach the session")
     communicators.keep(comm, private)
     return private
-
-
-def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
-    """Wait for a collective with sleeps, naming those who keep it waiting.
-
-    Raises:
-        RuntimeError: A rank has ended, or did not come within MPISYNC_START_TIMEOUT_S.
-    """
-    began_s, idle_s = time.monotonic(), 20e-6
-    limit_s = settings.seconds_of("MPISYNC_START_TIMEOUT_S")
-    look_s, report_s = 1.0, settings.seconds_of("MPISYNC_STALL_REPORT_S")
-    with siblings.marked(siblings.WAITS):
-        while not request.Test():
-            time.sleep(idle_s)
-            idle_s = min(idle_s * 2, 5e-3)
-            waited_s = time.monotonic() - began_s
-            if waited_s < look_s:
-                continue
-            look_s = waited_s + 1.0
-            waiting, absent, ended = _roll_call(comm)
-            if ended:
-                raise RuntimeError(
-                    f"{_names(ended)} ended while the other ranks wait for it {what}: every rank of "
-                    "the communicator must come by here"
-                )
-            if waited_s > limit_s:
-                raise RuntimeError(
-                    f"after {waited_s:.0f} s not all {comm.size} ranks have come {what}; "
-                    f"{_names(absent) or 'a rank of another node'} is missing: every rank "
-                    "of the communicator must come by here (MPISYNC_START_TIMEOUT_S sets the limit)"
-                )
-            if waited_s > report_s:
-                report_s = 2 * waited_s
-                if not waiting or waiting[0].pid == os.getpid():  # one speaks for all of a node
-                    print(
-                        f"mpisync: rank {comm.rank} waits for {waited_s:.0f} s for "
-                        f"{_names(absent) or 'a rank of another node'} {what}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-
-
-def _roll_call(comm: MPI.Intracomm) -> tuple[list[siblings.Sibling], ...]:
-    """The ranks of `comm` on this node: who waits as this one does, who does not, who has ended for good."""
-    members = set(comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
-    ours = [s for s in siblings.find() if s.rank in members]
-    ended = [s for s in ours if s.mark == siblings.ENDED]
-    firsts = siblings.first_of_each(ours, siblings.WAITS)
-    waiting = [s for s in firsts if s.mark == siblings.WAITS]
-    return waiting, [s for s in firsts if s not in waiting], ended
-
-
-def _names(found: list[siblings.Sibling]) -> str:
-    return ", ".join(str(sibling) for sibling in found)
-
-
-def exchange(comm: MPI.Intracomm, text: str, what: str) -> list[str]:
-    """Give every rank everyone's text."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    counts = np.zeros(comm.size, np.int64)
-    poll(comm.Iallgather(np.array([data.size], np.int64), counts), comm, f"to say {what}")
-    everything = np.zeros(int(counts.sum()), np.uint8)
-    places = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    target = [everything, (counts.tolist(), places.tolist()), MPI.BYTE]
-    poll(comm.Iallgatherv([data, MPI.BYTE], target), comm, f"to say {what}")
-    return [
-        everything[p : p + c].tobytes().decode() for p, c in zip(places, counts, strict=True)
-    ]
-
-
-@dataclass
-class Memories:
-    """What this rank mapped: the board, and its own slot (the root: every mapped worker's)."""
-
-    board: SharedMemory | None
-    slots: dict[int, SharedMemory]
-    why_not: str = ""  # what kept the ranks of this node from sharing memory
-
-    def drop(self) -> None:
-        """Give everything back."""
-        for memory in (self.board, *self.slots.values()):
-            if memory is not None:
-                memory.close()
-        self.board, self.slots = None, {}
-
-
-def share(meeting: Meeting, layout: Layout, published: Layout, buffers: int) -> Memories:
-    """Map the board and slots among the ranks that can; the rest use messages. Collective.
-
-    A node is whoever manages to map its memory. Where another process's descriptors cannot be
-    opened, a file is tried.
-    """
-    if meeting.transport == "messages":
-        return Memories(None, {})
-    here = meeting.peers[meeting.root].boot
-    near = sum(meeting.peers[worker].boot == here for worker in meeting.workers)
-    memories, mapped = _share_once(meeting, layout, published, buffers, as_file=False)
-    if mapped < near:
-        memories.drop()
-        memories, mapped = _share_once(meeting, layout, published, buffers, as_file=True)
-    return memories
-
-
-def _share_once(
-    meeting: Meeting, layout: Layout, published: Layout, buffers: int, *, as_file: bool
-) -> tuple[Memories, int]:
-    comm, root, workers = meeting.comm, meeting.root, len(meeting.workers)
-    mine = Memories(None, {})
-
-    def attempt(action: Callable[[], SharedMemory]) -> SharedMemory | None:
-        try:
-            return action()
-        except OSError as error:
-            mine.why_not = str(error)
-            return None
-
-    if meeting.is_root:
-        size_bytes = Board.size_bytes(workers, published, buffers)
-        mine.board = attempt(lambda: SharedMemory.create(size_bytes, as_file=as_file))
-        if mine.board is not None:
-            Board(mine.board, workers, published, buffers).words[0] = -1  # no version yet
-    boards = exchange(comm, mine.board.address if mine.board else "", "where its memory is")
-    if boards[root] and not meeting.is_root:
-        mine.board = attempt(lambda: SharedMemory.attach(boards[root]))
-    if mine.board is not None and not meeting.is_root:
-        slot = attempt(lambda: SharedMemory.create(layout.size_bytes, as_file=as_file))
-        mine.slots = {comm.rank: slot} if slot is not None else {}
-    offered = mine.slots.get(comm.rank)
-    slots = exchange(comm, offered.address if offered else "", "where its memory is")
-    if meeting.is_root:
-        for worker in meeting.workers:
-            address = slots[worker]
-            memory = attempt(partial(SharedMemory.attach, address)) if address else None
-            if memory is not None:
-                mine.slots[worker] = memory
-    said = exchange(comm, json.dumps([sorted(mine.slots), mine.why_not]), "what it mapped")
-    mapped = json.loads(said[root])[0]
-    mine.why_not = next((why for text in said if (why := json.loads(text)[1])), "")
-    if not meeting.is_root and comm.rank not in mapped:
-        mine.drop()
-    for memory in (mine.board, *mine.slots.values()):
-        if memory is not None:
-            memory.unlink()
-    return mine, len(mapped)
-
-
-def root_links(
-    meeting: Meeting, layout: Layout, published: Layout, memories: Memories, buffers: int, reducer: Reducer
-) -> list[RootLink]:
-    """The root's side of every worker."""
-    links: list[RootLink] = []
-    if memories.board is not None and memories.slots:
-        board = Board(memories.board, len(meeting.workers), published, buffers)
-        links.append(
-            SharedRootLink(meeting.comm, meeting.incarnation, layout, board, memories.slots, reducer)
-        )
-    far = [worker for worker in meeting.workers if worker not in memories.slots]
-    if far:
-        links.append(
-            MessageRootLink(
-                meeting.comm, far, meeting.incarnation, layout, published, finish_old_versions=buffers > 1
-            )
-        )
-    return links
-
-
-def worker_link(
-    meeting: Meeting, layout: Layout, published: Layout, memories: Memories, buffers: int
-) -> WorkerLink:
-    """This worker's side."""
-    comm, root = meeting.comm, meeting.root
-    if memories.board is None:
-        return MessageWorkerLink(comm, root, meeting.incarnation, layout, published)
-    board = Board(memories.board, len(meeting.workers), published, buffers)
-    return SharedWorkerLink(comm, root, layout, published, board, memories.slots[comm.rank])

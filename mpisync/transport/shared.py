@@ -32,6 +32,7 @@ from mpisync.kernels.atomics import fence, fetch_add, load_acquire, store_releas
 from mpisync.kernels.fold import Reducer
 from mpisync.transport import communicators
 from mpisync.transport.base import End, RootLink, WorkerLink
+from mpisync.transport.headers import HeaderReceiver
 from mpisync.transport.layout import Block, Layout, aligned
 from mpisync.transport.shared_memory import Futex, SharedMemory
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Tag
@@ -84,7 +85,8 @@ class Board:
 class SharedRootLink(RootLink):
     """The root's side for the workers that share its memory."""
 
-    in_pieces = False
+    name = "shared memory"
+    is_contiguous = True
 
     def __init__(
         self,
@@ -95,9 +97,10 @@ class SharedRootLink(RootLink):
         slots: dict[int, SharedMemory],
         reducer: Reducer,
     ) -> None:
-        super().__init__(comm, slots, incarnation)
+        self.workers = tuple(slots)
         self.layout = layout
         self.board = board
+        self._receiver = HeaderReceiver(comm, self.workers, incarnation)
         self._slots = slots
         self._reducer = reducer
         self._news, self._wake = board.news(), board.wake()
@@ -108,6 +111,10 @@ class SharedRootLink(RootLink):
         self._idle_s = _SPIN_S
         self._told = True
 
+    def home(self) -> np.ndarray | None:
+        """The board's parameters, where they are kept once."""
+        return self.board.parameters[0] if self.board.buffers == 1 else None
+
     def _rung(self) -> int:
         """How many have rung whose header was not heard."""
         return (load_acquire(self.board.bells, _BELL) - self._heard) & _MASK
@@ -117,34 +124,15 @@ class SharedRootLink(RootLink):
         rung = self._rung()
         if not rung:
             return []
-        heard = self._take_in(rung)
+        heard = self._receiver.take(rung)
         self._heard = (self._heard + len(heard)) & _MASK
         if heard:
             self._missed = -1
         return heard
 
-    def progress(self) -> list[int]:
-        """Nothing is ever under way: a gradient is whole when its header arrives."""
-        return []
-
-    def want(self, worker: int) -> bool:
-        """Nothing need be asked for."""
-        return True
-
-    def is_whole(self, worker: int) -> bool:
-        """A gradient is whole before its header is sent."""
-        return True
-
-    def is_moving(self, worker: int, now_s: float) -> bool:
-        """A whole gradient has arrived."""
-        return True
-
     def gradient(self, worker: int, block: Block) -> np.ndarray:
         """A view of the worker's slot."""
         return self.layout.view(self._slots[worker].bytes, block)
-
-    def release(self, worker: int) -> None:
-        """The slot is the worker's again once it has its reply."""
 
     def reply(self, worker: int, reply: Reply) -> None:
         """Write the worker's line of the board."""
@@ -169,9 +157,6 @@ class SharedRootLink(RootLink):
         self._told = False
         self._is_due = True  # who rang before may be late now, and could not know
 
-    def serve(self, worker: int) -> None:
-        """The board is open to all."""
-
     def end(self, end: End) -> None:
         """Write why, then the state."""
         text = end.failure.encode()[: _FAILURE_BYTES - 1]
@@ -186,11 +171,6 @@ class SharedRootLink(RootLink):
             fetch_add(self.board.bells, _NEWS, 1)
             self._news.wake()
             self._told = True
-
-    @property
-    def busy(self) -> bool:
-        """Whether a worker rang whose header MPI has not shown yet."""
-        return self._rung() > 0
 
     def wait(self, timeout_s: float, headers: int = 1) -> None:
         """Sleep until so many workers have rung, or one that cannot wait."""
@@ -211,7 +191,7 @@ class SharedRootLink(RootLink):
 
     def close(self) -> None:
         """Give back receives and memory."""
-        super().close()
+        self._receiver.close()
         self.board.memory.close()
         for memory in self._slots.values():
             memory.close()
@@ -266,9 +246,10 @@ class SharedWorkerLink(WorkerLink):
             fetch_add(bells, _WAKE, 1)
             self._wake.wake()
 
-    def protect(self) -> None:
+    def protect(self) -> bool:
         """Make the parameters read-only: whoever writes to them gets a segmentation fault."""
         self._board.protect()
+        return True
 
     def reply(self, ordinal: int) -> Reply | None:
         """Read this worker's line."""
@@ -288,10 +269,6 @@ class SharedWorkerLink(WorkerLink):
         if self._board.buffers == 1:
             return load_acquire(self._board.words, _SEQUENCES) != 2 * version
         return load_acquire(self._board.words, _NEWEST) > version
-
-    def has_unsent_version(self) -> bool:
-        """The board is open to all."""
-        return False
 
     def read(self, target: np.ndarray) -> int:
         """Copy the newest parameters, then make sure that they were not overwritten meanwhile."""

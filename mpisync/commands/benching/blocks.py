@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.commands.benching import marks
 from mpisync.commands.benching.cluster import Cluster
@@ -21,6 +21,7 @@ from mpisync.commands.benching.marks import Gradient, Push
 from mpisync.commands.benching.measuring import meet
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.policies import BackupWorkers
+from mpisync.transport import rendezvous
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
 from mpisync.transport.wire import GradientInfo
@@ -81,12 +82,14 @@ def ours(
     """
     layout, workers = Layout.of([("float32", elements)]), comm.size - 1
     own = comm.Dup()
-    place = Participant(own, Proposal("", ""), lambda a, b: None, layout, layout, BackupWorkers(case.backup))
+    compile_at_root(own, layout)
+    meeting = rendezvous.meet(own, Proposal("", ""), lambda a, b: None)
+    participant = Participant(meeting, layout, layout, BackupWorkers(case.backup))
     mine: Any = None
-    if place.is_root:
-        mine = _serve(place, workers, least, play_s)
+    if participant.is_root:
+        mine = _serve(participant, workers, least, play_s)
     else:
-        mine = _work(place, workers, sleep_s if comm.rank == workers - 1 else 0.0, checked=checked)
+        mine = _work(participant, workers, sleep_s if comm.rank == workers - 1 else 0.0, checked=checked)
     meet(comm, 1e-3)
     own.Free()
     gathered = comm.gather(mine, root=0)
@@ -96,10 +99,12 @@ def ours(
     return Played(made_s, updates, gathered)
 
 
-def _serve(place: Participant, workers: int, least: int, play_s: float) -> tuple[list[float], list[list[Gradient]]]:
+def _serve(
+    participant: Participant, workers: int, least: int, play_s: float
+) -> tuple[list[float], list[list[Gradient]]]:
     """Be the root."""
-    root = place.root()
-    parameters, last = place.layout.arrays(place.parameters)[0], marks.count(workers) - 1
+    root = participant.root()
+    parameters, last = participant.layout.arrays(participant.parameters)[0], marks.count(workers) - 1
     made_s: list[float] = []
     means: list[list[float]] = []
     try:
@@ -120,10 +125,10 @@ def _serve(place: Participant, workers: int, least: int, play_s: float) -> tuple
     return made_s, [marks.averaged(mean, workers) for mean in means]
 
 
-def _work(place: Participant, workers: int, sleep_s: float, *, checked: bool) -> list[Push]:
+def _work(participant: Participant, workers: int, sleep_s: float, *, checked: bool) -> list[Push]:
     """Be a worker; what became of its gradients."""
-    worker = place.worker()
-    gradient, rank = place.layout.arrays(worker.link.gradient)[0], place.meeting.comm.rank
+    worker = participant.worker()
+    gradient, rank = participant.layout.arrays(worker.link.gradient)[0], participant.meeting.comm.rank
     gradient[:] = 1
     stored = DTYPES["float32"].stored(gradient)
     pushes: list[Push] = []
@@ -134,7 +139,7 @@ def _work(place: Participant, workers: int, sleep_s: float, *, checked: bool) ->
             gradient[: marks.count(workers)] = marks.marked(workers, own)
             peak = float(max(1, own.sequence, own.version))
             if checked:
-                peak = place.reducer.peak(stored, DTYPES["float32"])
+                peak = participant.reducer.peak(stored, DTYPES["float32"])
             verdict = worker.push(GradientInfo(1, peak=peak))
             pushes.append(Push(own.version, own.version, verdict.accepted))
     except BaseException as error:

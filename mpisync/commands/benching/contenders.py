@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpisync.aggregation.participant import Participant
+from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
+from mpisync.commands.benching.measuring import meet
 from mpisync.policies import BackupWorkers
+from mpisync.transport import rendezvous
 from mpisync.transport.layout import Layout, SgdSpan
 from mpisync.transport.rendezvous import Proposal
 from mpisync.transport.wire import GradientInfo
@@ -134,19 +136,21 @@ class Ours(Contender):
         os.environ.setdefault("MPISYNC_STALL_REPORT_S", "3600")  # the others' turns are no stalls
         layout = Layout.of([("float32", size)])
         self._own = comm.Dup()  # two runs at a time must not share a communicator
-        place = Participant(self._own, Proposal("", ""), lambda a, b: None, layout, layout, BackupWorkers(0))
+        compile_at_root(self._own, layout)
+        meeting = rendezvous.meet(self._own, Proposal("", ""), lambda a, b: None)
+        participant = Participant(meeting, layout, layout, BackupWorkers(0))
         self._known = np.zeros(8, np.float32)
         self._check = Update(optimizer, self._known)
-        if place.is_root:
-            self._root = place.root()
+        if participant.is_root:
+            self._root = participant.root()
             self._steps = self._root.serve()
-            self._update = Update(optimizer, layout.arrays(place.parameters)[0], place.reducer.threads)
+            self._update = Update(optimizer, layout.arrays(participant.parameters)[0], participant.reducer.threads)
             self._spans = [SgdSpan(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []
             }  # fmt: skip
         else:
-            self._worker = place.worker()
+            self._worker = participant.worker()
             link = self._worker.link
             self._parameters = layout.arrays(link.parameters)[0]
             layout.arrays(link.gradient)[0][:] = pattern(size) * (comm.rank + 1)
@@ -170,16 +174,17 @@ class Ours(Contender):
             if before_s is not None:  # from one version to the next, within a burst
                 self.spent_s["step"].append(record.published_s - before_s)
             before_s = record.published_s
-        for link in self._root.roster.links:
-            while link.in_pieces and link.busy:
-                link.progress()
-                link.wait(1e-4)
+        arrived = self.comm.Ibarrier()
+        while not arrived.Test():
+            self._root.inbox.take()  # which sends on what is on its way
+            self._root.roster.wait(1e-4)
 
     def work(self, count: int) -> list[float]:
         """Follow what the parameters should be by steps on the pattern alone."""
         if self._worker.version < 0:
             self._worker.pull()  # the first needs the root to serve
         took = super().work(count)
+        meet(self.comm)  # as the root's `serve` does
         mean = pattern(8) * np.float32((self.workers + 1) / 2)
         for _ in range(count):
             self._check.step(mean.copy())

@@ -45,14 +45,14 @@ class RootRole(Role):
         except ValueError as error:
             problem = str(error)  # for every rank
         self._joint = DistributedModel(comm, model, optimizer, options, problem)
-        self._place, self._flat = self._joint.place, self._joint.flat
+        self._participant, self._flat = self._joint.participant, self._joint.flat
         self.workers = comm.size - 1
-        self._threads = torch_threads(self._place.meeting)
-        memory = self._place.parameters
+        self._threads = torch_threads(self._participant.meeting)
+        memory = self._participant.parameters
         parameters = self._joint.parameters(memory)
         self._flat.store(parameters)
         self._flat.bind(parameters)
-        self._extras = self._place.published.extras(memory)
+        self._extras = self._participant.published.extras(memory)
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
         self._averages: tuple[Tensor, ...] = ()
@@ -70,18 +70,18 @@ class RootRole(Role):
         )
         self._schedule = Schedule(options.scheduler, optimizer)
         self._late = copy.deepcopy(options.on_late)
-        self._root = self._place.root(weighted=options.weight == "samples", late=self._late)
+        self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
         self._warned = self._has_served = False
         assert recorder is not None  # else DistributedModel has raised the problem
         self._recorder = recorder
         if advice := advice_on(optimizer):
             print(advice, file=sys.stderr, flush=True)
-        peers = self._place.meeting.peers
+        peers = self._participant.meeting.peers
         self._recorder.header(
             str(options.policy),
             [peer.host for peer in peers[:-1]],
-            transports=["messages" if m.link.in_pieces else "shared memory" for m in self._root.roster.members],
+            transports=[member.link.name for member in self._root.roster.members],
             cores=cores_of(peers, peers[-1]),
             **run_info(self._flat.parameters, optimizer, options.scheduler),
         )
@@ -162,7 +162,7 @@ class RootRole(Role):
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
         """Write the newest parameters and buffers into a copy of the model; their version."""
-        memory = self._place.parameters
+        memory = self._participant.parameters
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._extras))
         return self.version

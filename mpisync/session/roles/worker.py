@@ -32,7 +32,6 @@ from mpisync.session.options import Options
 from mpisync.session.roles.base import Role
 from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.layout import aligned_bytes
-from mpisync.transport.shared import SharedWorkerLink
 from mpisync.transport.wire import GradientInfo
 
 _REMEDY = (
@@ -54,11 +53,11 @@ class WorkerRole(Role):
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
     ) -> None:
         self._joint = DistributedModel(comm, model, optimizer, options, "")
-        self._place, self._flat = self._joint.place, self._joint.flat
+        self._participant, self._flat = self._joint.participant, self._joint.flat
         self._seed = options.seed
-        self._worker = self._place.worker()
+        self._worker = self._participant.worker()
         self.worker, self.workers = comm.rank, comm.size - 1
-        self._threads = torch_threads(self._place.meeting)
+        self._threads = torch_threads(self._participant.meeting)
         link = self._worker.link
         self._slot = self._flat.views(link.layout.arrays(link.gradient))
         extras = link.layout.extras(link.gradient)
@@ -66,7 +65,7 @@ class WorkerRole(Role):
         self._buffers = self._flat.buffers.views(extras[self._joint.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
-        in_place = self._place.reads_in_place and not needs_copy
+        in_place = self._participant.reads_in_place and not needs_copy
         self._memory = link.parameters if in_place else aligned_bytes(link.published.size_bytes)
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
@@ -90,8 +89,7 @@ class WorkerRole(Role):
     def _make_read_only(self, in_place: bool) -> FaultNotice | None:
         """Have whoever writes to shared parameters stopped at the line, and explain it."""
         link = self._worker.link
-        if in_place and isinstance(link, SharedWorkerLink):
-            link.protect()
+        if in_place and link.protect():
             return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {_REMEDY}")
         if self.worker == 0:
             print(
@@ -223,7 +221,7 @@ class WorkerRole(Role):
         return {}
 
     def _is_late(self) -> bool:
-        return self._place.policy.staleness == 0 and self._worker.is_stale()
+        return self._participant.policy.staleness == 0 and self._worker.is_stale()
 
     def _has_ended(self) -> bool:
         return self._worker.link.end() is not None
@@ -238,10 +236,10 @@ class WorkerRole(Role):
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
         """Write the newest parameters and buffers, whole, into a copy of the model; their version."""
-        memory = aligned_bytes(self._place.published.size_bytes)
+        memory = aligned_bytes(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._place.published.extras(memory)))
+        twin.buffers.load(twin.buffers.views(self._participant.published.extras(memory)))
         return version
 
     def leave(self, error: BaseException | None) -> None:

@@ -1,0 +1,168 @@
+"""Who is reached how: the only module that knows which transports there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpisync.kernels.fold import Reducer
+from mpisync.transport import communicators
+from mpisync.transport.base import RootLink, WorkerLink
+from mpisync.transport.layout import Layout, aligned_bytes
+from mpisync.transport.mapping import share
+from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
+from mpisync.transport.rendezvous import Meeting
+from mpisync.transport.shared import SharedRootLink, SharedWorkerLink
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all links of a run have in common.
+
+    Attributes:
+        meeting: Who met.
+        layout: Of a gradient.
+        published: Of the parameters.
+        buffers: How many versions of the parameters may be read at a time.
+        reducer: Copies what is published.
+    """
+
+    meeting: Meeting
+    layout: Layout
+    published: Layout
+    buffers: int
+    reducer: Reducer
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What came of trying a transport.
+
+    Attributes:
+        workers: Whom it reaches; the same on every rank.
+        root_link: Makes the root's end; called there, if anybody is reached.
+        worker_link: Makes a worker's end; called on those that are reached.
+        why_not_all: What kept it from reaching others, where that is worth telling.
+    """
+
+    workers: Sequence[int]
+    root_link: Callable[[], RootLink]
+    worker_link: Callable[[], WorkerLink]
+    why_not_all: str = ""
+
+
+def _by_shared_memory(run: Run, workers: Sequence[int]) -> Reached:
+    meeting = run.meeting
+    memories = share(meeting, workers, run.layout, run.published, run.buffers)
+
+    def root_link() -> RootLink:
+        assert memories.board is not None  # else it reaches nobody
+        return SharedRootLink(
+            meeting.comm, meeting.incarnation, run.layout, memories.board, memories.slots, run.reducer
+        )
+
+    def worker_link() -> WorkerLink:
+        assert memories.board is not None  # else it does not reach this worker
+        slot = memories.slots[meeting.comm.rank]
+        return SharedWorkerLink(meeting.comm, meeting.root, run.layout, run.published, memories.board, slot)
+
+    return Reached(memories.mapped, root_link, worker_link, memories.why_not)
+
+
+def _by_messages(run: Run, workers: Sequence[int]) -> Reached:
+    meeting = run.meeting
+
+    def root_link() -> RootLink:
+        return MessageRootLink(
+            meeting.comm,
+            workers,
+            meeting.incarnation,
+            run.layout,
+            run.published,
+            finish_old_versions=run.buffers > 1,
+        )
+
+    def worker_link() -> WorkerLink:
+        return MessageWorkerLink(meeting.comm, meeting.root, meeting.incarnation, run.layout, run.published)
+
+    return Reached(workers, root_link, worker_link)
+
+
+# By the names that MPISYNC_TRANSPORT takes, in the order in which they are tried. Each is called on every rank with the
+# workers that those before it did not reach; the last reaches everybody.
+TRANSPORTS: dict[str, Callable[[Run, Sequence[int]], Reached]] = {
+    "shared": _by_shared_memory,
+    "messages": _by_messages,
+}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """This rank's ends of its links.
+
+    Attributes:
+        links: The root's, which together reach every worker once; none on a worker.
+        link: A worker's; None on the root.
+        home: Where the root keeps the parameters: in memory that workers read in place, or in its own; empty on a
+            worker.
+        reads_in_place: Whether this rank, a worker, may compute on the bytes that the root writes or sends.
+        note: Tells on the root why some workers are not reached by the transport that was tried first; else "".
+    """
+
+    links: list[RootLink]
+    link: WorkerLink | None
+    home: np.ndarray
+    reads_in_place: bool
+    note: str
+
+
+def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, reducer: Reducer) -> Connection:
+    """Connect the root with every worker. Collective.
+
+    Args:
+        meeting: Who met, and by which transport the root wants to reach the others.
+        layout: Of a gradient.
+        published: Of the parameters.
+        buffers: How many versions of the parameters may be read at a time.
+        reducer: Copies what is published.
+
+    Raises:
+        ValueError: There is no such transport; on every rank.
+    """
+    run = Run(meeting, layout, published, buffers, reducer)
+    links: list[RootLink] = []
+    link: WorkerLink | None = None
+    left, why_not = meeting.workers, ""
+    for name in _to_try(meeting):
+        reached = TRANSPORTS[name](run, left)
+        if meeting.is_root and reached.workers:
+            links.append(reached.root_link())
+        elif meeting.comm.rank in reached.workers:
+            link = reached.worker_link()
+        left = [worker for worker in left if worker not in reached.workers]
+        why_not = why_not or reached.why_not_all
+        if not left:
+            break
+    homes = [home for each in links if (home := each.home()) is not None]
+    return Connection(
+        links=links,
+        link=link,
+        home=homes[0] if homes else aligned_bytes(published.size_bytes if meeting.is_root else 0),
+        # With one buffer whoever still computes on what is overwritten is late; with several it is not, but messages
+        # change parameters only while their worker waits.
+        reads_in_place=link is not None and (buffers == 1 or not link.shares_parameters),
+        note=f"workers {[links[-1].workers]} use {links[-1].name}: {why_not}" if links and why_not else "",
+    )
+
+
+def _to_try(meeting: Meeting) -> list[str]:
+    """The transports to try, in order: the one that was asked for, and the one that reaches everybody."""
+    asked, last = meeting.transport, list(TRANSPORTS)[-1]
+    if asked == "auto":
+        return list(TRANSPORTS)
+    if asked not in TRANSPORTS:
+        communicators.give_back(meeting.comm)
+        raise ValueError(f"MPISYNC_TRANSPORT={asked!r}: must be one of {', '.join(['auto', *TRANSPORTS])}")
+    return list(dict.fromkeys([asked, last]))
