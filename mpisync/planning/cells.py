@@ -26,8 +26,9 @@ _BLANKS = " '’_\u00a0\u202f"  # that separate thousands
 _PLAIN = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?)\s*([a-zµμ]*)", re.IGNORECASE)
 _CLOCK = re.compile(r"(?:(\d+) days? )?(\d+):([0-5]?\d):([0-5]?\d(?:[.,]\d*)?)")  # hours, minutes, seconds
 _NUMERAL = re.compile(rf"[+-]?\d[\d.,{_BLANKS}]*(?:e[+-]?\d+)?\s*[a-zµμ]*", re.IGNORECASE)
-_DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+|[1-9]\d{0,2}(?:\.\d{3})+),\d+")
-_GROUPING_COMMA = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?")
+_DECIMAL_COMMA = re.compile(r"(?:\d+|[1-9]\d{0,2}(?:\.\d{3})+),\d+")
+_GROUPING_COMMA = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?")
+_GROUPING_POINT = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+")
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,24 @@ def decimal_mark(fields: Iterable[str]) -> str:
     """Return what separates decimals in numbers: a point or a comma.
 
     Raises:
-        ValueError: It cannot be told, because `1,234` may be more than a thousand, or less than two.
+        ValueError: It cannot be told: `1,234` may be more than a thousand, or less than two; or both are used.
 
     Example:
         >>> decimal_mark(["0,25", "1.234,5"]), decimal_mark(["1,234.5", "999"])
         (',', '.')
     """
-    numerals = [field for field in fields if _NUMERAL.fullmatch(field)]
-    commas = [re.match(r"[+-]?[\d.,]*", field)[0] for field in numerals if "," in field]  # type: ignore[index]
+    numerals = [re.sub(r"[^\d.,].*", "", one.lstrip("+-")) for one in fields if _NUMERAL.fullmatch(one)]
+    commas = [one for one in numerals if "," in one]
+    points = [one for one in numerals if "." in one and "," not in one]
     if not commas:
-        return "," if any(field.count(".") > 1 for field in numerals) else "."
+        return "," if any(one.count(".") > 1 for one in points) and all(map(_GROUPING_POINT.fullmatch, points)) else "."
     if not all(map(_GROUPING_COMMA.fullmatch, commas)):
-        return "," if any(map(_DECIMAL_COMMA.fullmatch, commas)) else "."
-    grouped = any("." in field or field.count(",") > 1 for field in commas)
-    if grouped or any("." in field for field in numerals):
+        if not any(map(_DECIMAL_COMMA.fullmatch, commas)):
+            return "."
+        if points:
+            raise ValueError(f"decimals have a comma in {commas[0]!r} and a point in {points[0]!r}: write points alone")
+        return ","
+    if points or any("." in one or one.count(",") > 1 for one in commas):
         return "."
     raise ValueError(
         f"{commas[0]!r} may be {commas[0].replace(',', '')} or {commas[0].replace(',', '.')}: write decimals with a "
@@ -162,7 +167,7 @@ def number(field: str, mark: str = ".") -> tuple[float, str] | None:
     field = re.sub(rf"(?<=\d)[{_BLANKS}](?=\d{{3}}(?!\d))", "", field)
     if groups in field:
         whole = re.match(rf"[+-]?[1-9]\d{{0,2}}(?:{re.escape(groups)}\d{{3}})+(?!\d)", field)
-        if whole is None:
+        if whole is None or "e" in field.lower():
             return None
         field = whole[0].replace(groups, "") + field[whole.end() :]
     found = _PLAIN.fullmatch(field.replace(",", "."))

@@ -202,7 +202,7 @@ def _has_header(rows: list[list[str]]) -> bool:
     start = next((s for s in (0, 1) if counted == [str(s + c) for c in range(len(counted))]), None)
     if start is None or len(counted) < 2:
         return False
-    return start == 0 or not first[0] or any("." in one for row in others for one in row)
+    return start == 0 or not first[0] or all("." in "".join(row) for row in others)
 
 
 def _is_torn(last: list[str], others: list[list[str]], width: int) -> bool:

@@ -218,10 +218,10 @@ def _slow_workers(times_s: Seconds) -> list[SlowWorker]:
 def _fast(times_s: Seconds) -> list[int]:
     """Return the fastest group, by gaps between the workers' medians; all if there are no gaps.
 
-    A group holds a quarter of the workers at least: fewer are exceptions, and no measure.
+    A group holds a fifth of the workers at least: fewer are exceptions, and no measure.
     """
     medians = np.median(times_s, axis=0)
     order = np.argsort(medians, kind="stable")
     gaps = np.flatnonzero(np.diff(np.log(medians[order])) >= math.log(_SLOW_RATIO)) + 1
     groups = np.split(order, gaps)
-    return sorted(next((one for one in groups if 4 * len(one) >= len(order)), order).tolist())
+    return sorted(next((one for one in groups if 5 * len(one) >= len(order)), order).tolist())

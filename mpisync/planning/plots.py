@@ -149,8 +149,8 @@ def _picture(axes: Axes, advice: Advice, figure: Any) -> None:
         if 0 < end < steps:  # the steps that the advice is for
             axes.axvline(first + end - 0.5, color="white", linewidth=1.4, linestyle="--")
             axes.annotate(
-                "change", (first + end - 0.5, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
-                fontsize=7, color=_GREY,
+                "change", (first + end - 0.5, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top",
+                fontsize=7, color="white", bbox={"facecolor": _GREY, "linewidth": 0, "pad": 1.5},
             )  # fmt: skip
     names = advice.observed.workers
     if names != list(range(workers)):

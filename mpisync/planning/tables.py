@@ -23,6 +23,7 @@ _INDEX = {"", "unnamed", "index", "idx", "row", "n"}  # names of a first column 
 _NUMBERED = {"worker", "rank", "w", "r", "p", "proc", "process", "gpu", "device", "dp", "replica"}
 _LONGEST_S = 86_400.0  # a median time of a worker that is longer is in another unit, or no time
 _APART, _APART_IF_NAMED = 20.0, 300.0  # times as long as the others, or as short, beyond which a column is no worker
+_FEWEST_TIMES = 3  # of a worker
 _FEWEST_ROWS = 10  # from which a column that only grows, or never changes, is taken for something else
 _OPTIONS = "name the columns of a line a gradient by --step, --worker and --seconds"
 
@@ -119,7 +120,10 @@ def _workers_by_name(columns: Columns, chosen: list[int]) -> tuple[list[int], li
     summaries = [c for c in chosen if is_summary(names[c])]
     rest = [c for c in chosen if c not in summaries]
     alike = [rest[c] for c in family([names[c] for c in rest])]
-    known = [c for c in rest if c not in alike and (is_other(names[c]) or has_role(names[c]) or is_phase(names[c]))]
+    roles = ("step", "seconds") if alike else ("step", "worker", "seconds")  # `rank` beside `rank1` is a slip
+    known = [
+        c for c in rest if c not in alike and (is_other(names[c]) or has_role(names[c], *roles) or is_phase(names[c]))
+    ]
     what = ""
     if alike:
         odd = [c for c in rest if c not in alike and c not in known] or [c for c in alike if is_other(names[c])]
@@ -138,16 +142,22 @@ def _steps(columns: Columns, at: int | None, rows: int) -> tuple[NDArray[np.int6
     """Return the steps' numbers in order, and the order of the rows."""
     if at is None:
         return np.arange(rows), np.arange(rows)
-    values = columns.numbers(at)
-    if (wrong := np.flatnonzero(~(values == np.round(values)))).size:
-        raise columns.error(f"{columns.call(at)} must be the step's number, whole", columns.lines[wrong[0]])
-    order = np.argsort(values, kind="stable")
-    steps = values[order].astype(np.int64)
+    numbers = _step_numbers(columns, at)
+    order = np.argsort(numbers, kind="stable")
+    steps = numbers[order]
     if (twice := np.flatnonzero(np.diff(steps) == 0)).size:
         raise columns.error(f"step {steps[twice[0]]} stands in two lines: give one line a step, and one run a file")
     if (order != np.arange(rows)).any():
         columns.notes.append(f"lines were put in the order of {columns.call(at)}")
     return steps, order
+
+
+def _step_numbers(columns: Columns, at: int) -> NDArray[np.int64]:
+    values = columns.numbers(at)
+    if (wrong := np.flatnonzero(~(values == np.round(values)) | ~np.isfinite(values))).size:
+        what = f"{columns.call(at)} must be the step's whole number, not {columns.fields[at][wrong[0]]!r}"
+        raise columns.error(what, columns.lines[wrong[0]])
+    return values.astype(np.int64)
 
 
 # -- a line a gradient -----------------------------------------------------------------------------
@@ -167,25 +177,27 @@ def _read_long(columns: Columns, step: str | None, worker: str | None, seconds: 
     who = columns.fields[at["worker"]]
     if "" in who:
         raise columns.error(f"{columns.call(at['worker'])} names no worker", columns.lines[who.index("")])
-    numbers = columns.numbers(at["step"])
-    if not np.isfinite(numbers).all():
-        line = columns.lines[int(np.argmin(np.isfinite(numbers)))]
-        raise columns.error(f"{columns.call(at['step'])} must be the step's number", line)
-    steps, row = np.unique(numbers, return_inverse=True)
-    labels = sorted(set(who), key=_natural)
+    steps, row = np.unique(_step_numbers(columns, at["step"]), return_inverse=True)
+    known = Counter(who)
+    labels = sorted(known, key=_natural)
+    if few := [one for one in labels if known[one] < _FEWEST_TIMES] if len(steps) >= _FEWEST_ROWS else []:
+        raise columns.error(
+            f"worker {few[0]!r} has a time in {known[few[0]]} of {len(steps)} steps only: mend its name if it is "
+            "misspelt, leave it out if it hardly took part", columns.lines[who.index(few[0])],
+        )  # fmt: skip
     place = {label: c for c, label in enumerate(labels)}
     column = np.array([place[one] for one in who])
     times = columns.seconds([at["seconds"]])[:, 0]
     if len(labels) > 1 and np.median(np.bincount(row)) < 2:
         raise columns.error(
-            f"most steps have one worker's time only, so {columns.call(at['step'])} is not the step: say which column is, "
-            "by --step"
+            f"most steps have one worker's time only, so {columns.call(at['step'])} is not the step: say which column "
+            "is, by --step"
         )
     pairs = Counter(zip(row.tolist(), column.tolist(), strict=True))
     if twice := next((pair for pair, count in pairs.items() if count > 1), None):
         lines = [line for line, *pair in zip(columns.lines, row, column, strict=True) if tuple(pair) == twice]
         raise columns.error(
-            f"step {steps[twice[0]]:g} of worker {labels[twice[1]]} stands in lines {lines[0]} and {lines[1]}: give "
+            f"step {steps[twice[0]]} of worker {labels[twice[1]]} stands in lines {lines[0]} and {lines[1]}: give "
             "one line for both, with what they took together; name workers of several hosts apart; and one run a file"
         )
     if len(times) >= _FEWEST_ROWS and (np.diff(times) > 0).all():
@@ -196,12 +208,12 @@ def _read_long(columns: Columns, step: str | None, worker: str | None, seconds: 
     each = [f"worker {label} in {columns.call(at['seconds'])}" for label in labels]
     _refuse_other_things(columns, each, [at["seconds"]] * len(labels), times_s, is_family=True)
     reading = (
-        f"read as a line a gradient: step in {columns.call(at['step'])}, worker in {columns.call(at['worker'])}, "
+        f"read as a line a gradient: step in {columns.call(at['step'])}, {len(labels)} workers in "
+        f"{columns.call(at['worker'])}, "
         f"{_seconds(columns)} in {columns.call(at['seconds'])}"
     )
     left = [c for c in range(len(columns.names)) if c not in at.values()]
-    whole = steps if (steps == np.round(steps)).all() else np.arange(len(steps))
-    return _table(columns, times_s, _numbered(labels), whole.astype(np.int64), reading, left)
+    return _table(columns, times_s, _numbered(labels), steps, reading, left)
 
 
 def _natural(label: str) -> list[tuple[int, str]]:
@@ -279,9 +291,10 @@ def _refuse_other_things(
         others = np.delete(medians, c)
         usual = float(np.median(others[np.isfinite(others)])) if np.isfinite(others).any() else np.nan
         if max(median / usual, usual / median) > (_APART_IF_NAMED if is_family else _APART):
+            named = "" if is_family else "; if all are workers name them rank0, rank1, ..."
             raise columns.error(
                 f"{who} has a median of {median:.3g}, the others of {usual:.3g}: if it is no worker leave it out; if "
-                f"it has another unit convert it{'' if is_family else '; if all are workers name them rank0, rank1, ...'}"
+                f"it has another unit convert it{named}"
             )
 
 

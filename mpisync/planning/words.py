@@ -185,7 +185,8 @@ def regimes(found: Regimes, whole: Observed, fewest: int) -> list[str]:
         columns, ratios = list(found.drift), list(found.drift.values())
         lines.append(
             f"{_capital(workers(columns, whole))} {_s('change', columns)} speed little by little: at the end a "
-            f"gradient takes {_times(ratios)} as long as at the start. `Adaptive` follows that; the advice is for the mean."
+            f"gradient takes {_times(ratios)} as long as at the start. `Adaptive` follows that; the advice is for the "
+            "mean."
         )
     if found.switching:
         lines.append(
@@ -206,8 +207,9 @@ def regimes(found: Regimes, whole: Observed, fewest: int) -> list[str]:
         )
     else:
         lines.append(
-            f"Since the last change there are {rows - last[-1].start} steps, and {fewest} are needed: the advice is for "
-            f"steps {numbers[found.start]} to {numbers[found.stop - 1]}, before it. Whether it lasts cannot be told yet."
+            f"Since the last change there are {rows - last[-1].start} steps, and {fewest} are needed: the advice is "
+            f"for steps {numbers[found.start]} to {numbers[found.stop - 1]}, before it. Whether it lasts cannot be "
+            "told yet."
         )
     return lines
 
