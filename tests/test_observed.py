@@ -206,6 +206,12 @@ def test_deadlines_computed_from_times_are_those_of_the_policy_itself(tmp_path, 
     assert len(played) > 20 and rolled == pytest.approx(played)
 
 
+def test_a_record_has_no_columns_to_name(tmp_path):
+    path = record(tmp_path, run(cycling([[1.0], [1.2], [1.4]])))
+    with pytest.raises(ValueError, match="--step, --worker and --seconds name columns of a table, but .* is a run's"):
+        read_times(path, worker="host")
+
+
 def test_times_beyond_n_are_not_censored(tmp_path):
     rng = np.random.default_rng(2)
     drawn = rng.lognormal(0, 0.3, (4, 400))

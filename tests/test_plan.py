@@ -332,6 +332,7 @@ def test_a_terminal_gets_tables_by_rich(capsys, monkeypatch, trace):
         (["--delay", "chen2016", "--workers", "9", "--noise-scale", "-1"], "must not be negative"),
         (["--delay", "chen2016", "--workers", "9", "--overhead", "-1"], "--overhead must be seconds from 0"),
         (["--delay", "chen2016", "--workers", "9", "--steps", "-1"], "--steps must be at least 1"),
+        (["--delay", "chen2016", "--workers", "9", "--step", "it"], "name columns of a table, which --delay"),
         (["absent.csv"], "absent.csv"),
         (["--delay", "chen2016", "--workers", "9", "--plot", "x.gif"], "must end in .svg, .png or .pdf"),
     ],
