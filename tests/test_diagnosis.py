@@ -21,9 +21,9 @@ def rng(seed=0):
 
 @pytest.fixture(scope="module")
 def trace(request):
-    times, notes = read_table(str(request.config.rootpath / TRACE))
-    assert times.shape == (42, 32) and notes == []
-    return times
+    table = read_table(str(request.config.rootpath / TRACE))
+    assert table.times_s.shape == (42, 32) and len(table.notes) == 1
+    return table.times_s
 
 
 # The tests of independence.

@@ -67,7 +67,8 @@ def run(delay, *, workers=3, steps=20, policy=None, **measured):
 def test_tables_in_the_forms_that_people_have(tmp_path, text):
     observed = read_times(table(tmp_path, text))
     assert observed.times_s.tolist() == [[1, 2], [3, 4]]
-    assert observed.notes == [] and observed.measured.all() and observed.workers == [0, 1]
+    assert len(observed.notes) == 1 and observed.notes[0].startswith("read as a line a step, a column a worker: ")
+    assert observed.measured.all() and observed.workers == [0, 1]
 
 
 @pytest.mark.parametrize("end", ["3,", "3", "3,4.5.", "3,x"])
@@ -77,7 +78,7 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path, end):
         assert observed.times_s[:2].tolist() == [[1, 2], [3, 4]]
     else:
         assert observed.times_s.tolist() == [[1, 2], [3, 4]]
-        assert observed.notes == ["line 3 is torn and was left out"]
+        assert observed.notes[1:] == ["line 3 is torn and was left out"]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +88,11 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path, end):
         ("\n \n", "is empty"),
         ("# nothing\n", "holds no step"),
         ("a,b\n", "holds no step"),
-        ("1,2\n3\n4,5\n", "line 2: every step must have 2 workers, but this has 1"),
+        ("1,2\n3\n4,5\n", "line 2: every line must have 2 fields, as most do, but this has 1"),
         ("1,2\n3,fast\n4,5\n", "line 2: a time must be a number of seconds, or empty, not 'fast'"),
         ("step\n1\n", "no worker's times"),
         (",\n,\n", "no time can be used"),
-        ("0,0\n-1,nan\n", "no time can be used"),
+        ("0,0\n0,nan\n", "no time can be used"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, text, said):
@@ -99,9 +100,10 @@ def test_tables_that_cannot_be_used(tmp_path, text, said):
         read_times(table(tmp_path, text))
 
 
-def test_zeros_negative_times_and_gaps_are_filled_and_said(tmp_path):
-    text = "1,2,3\n" * 6 + "0,2,3\n-1,2,3\n1,,nan\n1,2,inf\n"
-    observed = read_times(table(tmp_path, text))
+def test_zeros_negative_times_and_gaps_are_filled_and_said():
+    nan = np.nan
+    times = [*[[1, 2, 3]] * 6, [0, 2, 3], [-1, 2, 3], [1, nan, nan], [1, 2, np.inf]]
+    observed = observe(np.array(times))
     assert observed.times_s.tolist() == [[1, 2, 3]] * 10  # each from its own worker's times
     assert (~observed.measured).sum() == 5
     assert observed.notes == [
@@ -202,6 +204,12 @@ def test_deadlines_computed_from_times_are_those_of_the_policy_itself(tmp_path, 
         tmp_path, Deadline(1.0, at_least=2), lambda x: deadline_step_times(x, 1.0, 2)[0], seed
     )
     assert len(played) > 20 and rolled == pytest.approx(played)
+
+
+def test_a_record_has_no_columns_to_name(tmp_path):
+    path = record(tmp_path, run(cycling([[1.0], [1.2], [1.4]])))
+    with pytest.raises(ValueError, match="--step, --worker and --seconds name columns of a table, but .* is a run's"):
+        read_times(path, worker="host")
 
 
 def test_times_beyond_n_are_not_censored(tmp_path):

@@ -147,7 +147,7 @@ def test_three_steps_are_declined_with_what_it_needs(capsys, tmp_path):
 
 def test_one_worker_waits_for_nobody(capsys, tmp_path):
     path = tmp_path / "times.csv"
-    path.write_text("1.5\n" * 50)
+    np.savetxt(path, np.random.default_rng(0).lognormal(0, 0.1, 50))
     assert "one worker, which waits for nobody" in plan(capsys, path, code=1)
     assert "one worker" in planned(capsys, "--workers", 1, "--delay", "exponential:mean=1", code=1)["headline"]
 
@@ -332,6 +332,7 @@ def test_a_terminal_gets_tables_by_rich(capsys, monkeypatch, trace):
         (["--delay", "chen2016", "--workers", "9", "--noise-scale", "-1"], "must not be negative"),
         (["--delay", "chen2016", "--workers", "9", "--overhead", "-1"], "--overhead must be seconds from 0"),
         (["--delay", "chen2016", "--workers", "9", "--steps", "-1"], "--steps must be at least 1"),
+        (["--delay", "chen2016", "--workers", "9", "--step", "it"], "name columns of a table, which --delay"),
         (["absent.csv"], "absent.csv"),
         (["--delay", "chen2016", "--workers", "9", "--plot", "x.gif"], "must end in .svg, .png or .pdf"),
     ],

@@ -1,7 +1,8 @@
 """Say how many backup workers to use, from a run's record, a table of times, or a delay law.
 
   mpisync plan run.jsonl                        of the run that Session(record="run.jsonl") recorded
-  mpisync plan times.csv                        of seconds of compute, a line a step, a column a worker
+  mpisync plan times.csv                        of seconds of compute: a line a step, a column a worker
+  mpisync plan trace.csv --step it --worker host --seconds took      or a line a gradient
   mpisync plan run.jsonl --workers 100          what 100 workers like the run's would do
   mpisync plan --workers 1000 --delay lognormal:median=1.45,sigma=0.09
 
@@ -32,7 +33,9 @@ _LONG_WORK = 3_000_000  # times, from which a bar is shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mpisync plan`."""
     parser.add_argument(
-        "source", nargs="?", metavar="RUN", help="a run's record, or a table of seconds (steps × workers)"
+        "source", nargs="?", metavar="RUN",
+        help="a run's record, or a table of seconds: a line a step and a column a worker, or a line a gradient (it "
+        "says what it takes for what)",
     )
     parser.add_argument(
         "--delay", metavar="LAW",
@@ -41,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "chen2016 (that paper's straggler study), empirical:FILE.csv; times in seconds",
     )
     parser.add_argument("--workers", type=int, metavar="W", help="how many workers; the run's by default")
+    for name, what in [("step", "the step"), ("worker", "the worker"), ("seconds", "the time")]:
+        parser.add_argument(
+            f"--{name}", metavar="COLUMN", help=f"the table's column of {what}, its name or number; guessed by default"
+        )
     parser.add_argument(
         "--noise-scale", type=float, metavar="N_C", help="the noise scale in gradients: J(N) is as 1 + N_C/N"
     )
@@ -116,10 +123,13 @@ def _times(options: argparse.Namespace) -> "tuple[Observed, DelayLaw | None, Sec
     if options.overhead is not None and not 0 <= options.overhead < float("inf"):
         raise ValueError(f"--overhead must be seconds from 0, not {options.overhead}")
     if options.delay is not None:
+        if (options.step, options.worker, options.seconds) != (None, None, None):
+            raise ValueError("--step, --worker and --seconds name columns of a table, which --delay does not read")
         if options.workers is None:
             raise ValueError("a law needs the number of workers: --workers 100")
         return _drawn(options, parse_law(options.delay), options.overhead or 0.0)
-    observed = read_times(options.source)
+    columns = {"step": options.step, "worker": options.worker, "seconds": options.seconds}
+    observed = read_times(options.source, **columns)
     if options.overhead is not None:
         observed = replace(observed, overhead_s=options.overhead)
     if options.workers in (None, len(observed.workers)):
@@ -131,11 +141,16 @@ def _scaled(options: argparse.Namespace, observed: "Observed") -> "tuple[Observe
     """Ask of another number of workers like those that were measured."""
     from dataclasses import replace
 
-    from mpisync.planning.advice import FEWEST_STEPS
+    from mpisync.planning import words
+    from mpisync.planning.advice import FEWEST_STEPS, since_last_change
     from mpisync.planning.empirical import Empirical
     from mpisync.planning.fitting import fit_composite
 
     steps, workers = observed.times_s.shape
+    if steps >= FEWEST_STEPS:
+        whole = observed
+        observed, regimes = since_last_change(whole)
+        observed = replace(observed, notes=[*whole.notes, *words.regimes(regimes, whole, FEWEST_STEPS)])
     if steps < FEWEST_STEPS or workers < 2:
         raise ValueError(
             f"{FEWEST_STEPS} steps of 2 workers at least are needed to say what {options.workers} workers would do, "

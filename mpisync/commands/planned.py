@@ -23,7 +23,7 @@ def show(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> None:
     columns = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
     print(textwrap.fill(advice.headline, columns))
     print()
-    steps, workers = advice.observed.times_s.shape
+    steps, workers = advice.whole.times_s.shape
     source = f"{many(steps, 'step')} of {many(workers, 'worker')}" + (f" drawn from {law}" if law is not None else "")
     for line in [f"From {source}.", *advice.observed.notes, *advice.reasons]:
         print(textwrap.fill(f"* {_sentence(line)}", columns, subsequent_indent="  "))

@@ -11,10 +11,11 @@ from mpisync.planning.choices import Choice, Choices, DeadlineChoice, Watched, b
 from mpisync.planning.diagnosis import LEVEL, Straggling, diagnose
 from mpisync.planning.efficiency import Efficiency
 from mpisync.planning.laws import Seconds
-from mpisync.planning.observed import Observed
+from mpisync.planning.observed import Observed, during
+from mpisync.planning.regimes import Regimes, find_regimes
 from mpisync.planning.remedies import Remedies, remedies
 
-__all__ = ["FEWEST_STEPS", "UNKNOWN_NOISE", "Advice", "advise"]
+__all__ = ["FEWEST_STEPS", "UNKNOWN_NOISE", "Advice", "advise", "since_last_change"]
 
 FEWEST_STEPS = 20  # below, resampling tells nothing of how sure an answer is
 GOOD_STEPS = 200
@@ -42,7 +43,9 @@ class Advice:
         straggling: How workers straggle; None likewise.
         remedies: What else would help; None likewise.
         deadline: The best deadline in place of a number; None likewise.
-        observed: The times it is from.
+        observed: The times it is from: those since the last change, if there was one.
+        whole: All times that were observed.
+        regimes: What changed in them; None where the answer was declined, or they are a law's.
         dropped: The share of each worker's gradients that b would discard.
         dropped_by_cost: The same for the cheapest to the dearest quarter of the gradients.
     """
@@ -52,6 +55,8 @@ class Advice:
     headline: str
     reasons: list[str]
     observed: Observed
+    whole: Observed
+    regimes: Regimes | None = None
     choices: Choices | None = None
     straggling: Straggling | None = None
     remedies: Remedies | None = None
@@ -82,11 +87,14 @@ def advise(
         >>> advise(observe(rng.normal(1.0, 0.001, (50, 4)))).headline
         'b = 0: the workers are alike, and waiting for all of them costs 0.1 % of a step.'
     """
+    whole, regimes = observed, None
+    declined = _declined(observed.times_s)
+    if declined:
+        return Advice("declined", None, declined, _so_far(observed.times_s), observed, observed)
+    if not is_law:
+        observed, regimes = since_last_change(whole)
     times_s = observed.times_s
     steps, workers = times_s.shape
-    declined = _declined(times_s)
-    if declined:
-        return Advice("declined", None, declined, _so_far(times_s), observed)
     straggling = diagnose(times_s, seed=seed)
     made = choices(
         times_s, efficiency, overhead_s=observed.overhead_s, stopped_s=stopped_s, late_stop=late_stop,
@@ -101,6 +109,7 @@ def advise(
     by_cost = drop_rates_by_cost(times_s, best.backup)
     deadline = best_deadline(times_s, efficiency, overhead_s=observed.overhead_s) if steps * workers < 1e7 else None
     reasons = [
+        *([] if regimes is None else words.regimes(regimes, whole, FEWEST_STEPS)),
         *words.straggling(straggling, observed)[: 1 if is_law else None],
         *words.infinite(stopped_s),
         *words.sureness(best, made, steps, is_law=is_law, late_stop=late_stop),
@@ -118,10 +127,29 @@ def advise(
             reasons.append(words.rest(rest))
     if not is_law and _regime_changes(times_s, made, late_stop):
         reasons.append("The two halves of the run want different b: `Adaptive` follows such changes.")
+    if regimes is not None:
+        headline += words.when(regimes, whole)
     return Advice(
-        verdict, best.backup, headline, reasons, observed, made, straggling, others, deadline,
+        verdict, best.backup, headline, reasons, observed, whole, regimes, made, straggling, others, deadline,
         dropped.tolist(), by_cost.tolist(),
     )  # fmt: skip
+
+
+def since_last_change(observed: Observed) -> tuple[Observed, Regimes]:
+    """Return the steps that an advice is for, and what changed.
+
+    Example:
+        >>> import numpy as np
+        >>> from mpisync.planning.observed import observe
+        >>> times_s = np.random.default_rng(0).lognormal(0.0, 0.1, (100, 4))
+        >>> times_s[60:] *= 2
+        >>> since_last_change(observe(times_s))[0].step_numbers[[0, -1]].tolist()
+        [60, 99]
+    """
+    regimes = find_regimes(observed.times_s, observed.measured, fewest=FEWEST_STEPS)
+    if (regimes.start, regimes.stop) == (0, len(observed.times_s)):
+        return observed, regimes
+    return during(observed, regimes.start, regimes.stop), regimes
 
 
 def _declined(times_s: Seconds) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from mpisync.planning.laws import Seconds
 from mpisync.planning.special import special_functions
 
-__all__ = ["LEVEL", "SlowWorker", "Straggling", "diagnose", "slow_events"]
+__all__ = ["LEVEL", "SlowWorker", "Straggling", "diagnose", "ranks", "slow_events"]
 
 LEVEL = 0.01  # a test below it has found something
 _PERMUTATIONS = 199
@@ -142,18 +142,23 @@ def slow_events(times_s: Seconds) -> np.ndarray[tuple[int, int], np.dtype[np.boo
 def _friedman(times_s: Seconds) -> tuple[float, float]:
     """Return Kendall's W and the p of Friedman's test, steps being the blocks."""
     steps, workers = times_s.shape
-    means = _ranks(times_s, axis=1).mean(axis=0)
+    means = ranks(times_s, axis=1).mean(axis=0)
     effect = 12 * float(((means - (workers + 1) / 2) ** 2).sum()) / (workers * (workers**2 - 1))
     return effect, float(special_functions().chdtrc(workers - 1, steps * (workers - 1) * effect))
 
 
-def _ranks(values: Seconds, axis: int) -> Seconds:
-    """Return ranks from 1 along an axis; of equal values, in the order of their places at random."""
+def ranks(values: Seconds, axis: int) -> Seconds:
+    """Return ranks from 1 along an axis, of 2; those of equal values are in an order at random.
+
+    Example:
+        >>> ranks(np.array([[0.3, 0.1, 0.2]]), axis=1)
+        array([[3., 1., 2.]])
+    """
     jitter = np.random.default_rng(0).random(values.shape)
     order = np.lexsort((jitter, values), axis=axis)
-    ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, np.expand_dims(np.arange(1.0, values.shape[axis] + 1), 1 - axis), axis)
-    return ranks
+    ranked = np.empty(values.shape)
+    np.put_along_axis(ranked, order, np.expand_dims(np.arange(1.0, values.shape[axis] + 1), 1 - axis), axis)
+    return ranked
 
 
 def _lag_one(values: Seconds) -> tuple[float, float]:
@@ -161,9 +166,9 @@ def _lag_one(values: Seconds) -> tuple[float, float]:
     steps, workers = values.shape
     if steps < 4 or not np.ptp(values):
         return 0.0, 1.0
-    ranks = _ranks(values, axis=0) - (steps + 1) / 2
+    ranked = ranks(values, axis=0) - (steps + 1) / 2
     # Independent ranks without replacement correlate by -1/n on average, with variance about 1/n.
-    correlation = float((ranks[1:] * ranks[:-1]).sum() / (ranks**2).sum()) + 1 / steps
+    correlation = float((ranked[1:] * ranked[:-1]).sum() / (ranked**2).sum()) + 1 / steps
     z = correlation * math.sqrt(steps * workers)
     return correlation, math.erfc(abs(z) / math.sqrt(2))
 
@@ -175,7 +180,7 @@ def _permuted(times_s: Seconds, rng: np.random.Generator) -> tuple[tuple[float, 
     times_s = times_s[:steps]
     events = slow_events(times_s)
     if events.mean() < _FEWEST_EVENTS:
-        events = _ranks(times_s, axis=0) > 0.95 * steps
+        events = ranks(times_s, axis=0) > 0.95 * steps
     logs = np.log(times_s)
     own = logs - np.median(logs, axis=0)
     spread = max(1.4826 * float(np.median(np.abs(own))), 1e-3)
@@ -193,22 +198,30 @@ def _permuted(times_s: Seconds, rng: np.random.Generator) -> tuple[tuple[float, 
 
 
 def _slow_workers(times_s: Seconds) -> list[SlowWorker]:
-    """Find the persistently slow, against the median of those that are not."""
-    columns = np.arange(times_s.shape[1])
-    slow: dict[int, SlowWorker] = {}
+    """Find the persistently slow, against the median of those that are not: of the fast, be they few."""
+    steps, workers = times_s.shape
+    fast = _fast(times_s)
     for _ in range(3):  # the slow are no measure of the others
-        others = [c for c in columns if c not in slow]
-        usual = np.median(times_s[:, others], axis=1, keepdims=True)
-        ratios = times_s / usual
-        if len(others) == 2 and len(columns) == 2:
+        ratios = times_s / np.median(times_s[:, fast], axis=1, keepdims=True)
+        if len(fast) == workers == 2:
             ratios = times_s / times_s.min(axis=1, keepdims=True)
         middle, share = np.median(ratios, axis=0), (ratios > 1.1).mean(axis=0)
-        found = {
-            int(c): SlowWorker(int(c), float(middle[c]), float(share[c]))
-            for c in columns
-            if middle[c] >= _SLOW_RATIO and share[c] >= _SLOW_SHARE
-        }
-        if 2 * len(found) > len(columns) or found.keys() == slow.keys():
+        is_slow = (middle >= _SLOW_RATIO) & (share >= _SLOW_SHARE)
+        others = [c for c in range(workers) if not is_slow[c]]
+        if others == fast or not others:
             break
-        slow = found
-    return sorted(slow.values(), key=lambda one: -one.ratio)
+        fast = others
+    slow = [SlowWorker(c, float(middle[c]), float(share[c])) for c in range(workers) if is_slow[c]]
+    return sorted(slow, key=lambda one: -one.ratio)
+
+
+def _fast(times_s: Seconds) -> list[int]:
+    """Return the fastest group, by gaps between the workers' medians; all if there are no gaps.
+
+    A group holds a fifth of the workers at least: fewer are exceptions, and no measure.
+    """
+    medians = np.median(times_s, axis=0)
+    order = np.argsort(medians, kind="stable")
+    gaps = np.flatnonzero(np.diff(np.log(medians[order])) >= math.log(_SLOW_RATIO)) + 1
+    groups = np.split(order, gaps)
+    return sorted(next((one for one in groups if 5 * len(one) >= len(order)), order).tolist())

@@ -22,7 +22,8 @@ def document(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> str:
     """Return the document, on one line.
 
     Times are in seconds; a number that JSON lacks is text (`"inf"`, `"nan"`); `numbers` are the
-    workers of the columns, which `discarded_by_worker` follows too.
+    workers of the columns, which `discarded_by_worker` follows too. Steps, missing times and all that is
+    computed are of the steps that the advice is for; `changes` names the steps and workers of all.
 
     Example:
         >>> from mpisync.planning.advice import advise
@@ -46,6 +47,9 @@ def document(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> str:
         "steps": steps,
         "workers": workers,
         "numbers": observed.workers,
+        "first_step": None if law is not None else int(observed.step_numbers[0]),
+        "last_step": None if law is not None else int(observed.step_numbers[-1]),
+        "changes": _changes(advice),
         "missing": int((~observed.measured).sum()),
         "law": None if law is None else str(law),
         "overhead_s": observed.overhead_s,
@@ -63,6 +67,20 @@ def document(advice: Advice, fits: list[Fit], law: DelayLaw | None) -> str:
         "fits": [{**asdict(one), "law": str(one.law)} for one in fits],
     }
     return json.dumps(_plain(result), allow_nan=False)
+
+
+def _changes(advice: Advice) -> list[dict[str, Any]]:
+    """Return the changes by the input's numbers of steps and workers."""
+    whole, changes = advice.whole, [] if advice.regimes is None else advice.regimes.changes
+    return [
+        {
+            "from": whole.step_numbers[one.start],
+            "to": None if one.stop is None else whole.step_numbers[one.stop - 1],
+            "workers": [whole.workers[c] for c in one.columns],
+            "ratios": one.ratios,
+        }
+        for one in changes
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from mpisync.planning.laws import Seconds
 from mpisync.planning.runs import RunTimes, times_of_run
-from mpisync.planning.tables import read_table
+from mpisync.planning.tables import Table, read_table
 from mpisync.records import StepRecord
 
-__all__ = ["Observed", "observe", "read_times"]
+__all__ = ["Observed", "during", "observe", "read_times"]
 
 _WARM_UP_FACTOR = 2.0  # steps at the start in which everyone took so many times the median are warm-up
+_LATE_STEPS = 5  # without a worker's times at the start, from which that is told, and a tenth of them
 _LEAST_TIMES = 3  # of a worker, below which nothing can be drawn again for what it lacks
 
 
@@ -28,8 +29,9 @@ class Observed:
             waiting for its batch is a part of it.
         measured: Which of them were measured; the others are draws from the same worker's times.
         workers: The number of each column's worker.
-        hosts: The host of each column's worker; empty where that is not known.
-        notes: What was wrong with the input and what was done about it, one sentence each.
+        hosts: The host of each column's worker, or its name in a table; empty where that is not known.
+        notes: How the input was read, what was wrong with it and what was done, one sentence each.
+        step_numbers: The number of each row's step; empty where times were drawn.
         overhead_s: What a step takes beyond the N-th gradient's computation, in seconds: messages,
             the update, the publication.
         policy: The policy that ran, in its command-line form.
@@ -49,6 +51,7 @@ class Observed:
     workers: list[int]
     hosts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    step_numbers: NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     overhead_s: float = 0.0
     policy: str | None = None
     step_s: float | None = None
@@ -57,8 +60,16 @@ class Observed:
     steps: list[StepRecord] = field(default_factory=list)
 
 
-def read_times(path: str | os.PathLike[str]) -> Observed:
-    r"""Read a run's record, or a table of seconds with a line a step and a column a worker.
+def read_times(
+    path: str | os.PathLike[str], *, step: str | None = None, worker: str | None = None, seconds: str | None = None
+) -> Observed:
+    r"""Read a run's record, or a table: a line a step and a column a worker, or a line a gradient.
+
+    Args:
+        path: The file.
+        step: The table's column of steps: its name, or its number from 1. Guessed by default.
+        worker: That of workers, in a table with a line a gradient.
+        seconds: That of times, likewise.
 
     Raises:
         ValueError: Nothing in it can be used; it says where and why.
@@ -78,34 +89,38 @@ def read_times(path: str | os.PathLike[str]) -> Observed:
     if not start:
         raise ValueError(f"{path} is empty: give a run's record or a table of seconds, a line a step")
     if not start.startswith(b"{"):
-        times_s, notes = read_table(path)
-        return observe(times_s, notes=notes)
+        return observe(read_table(path, step=step, worker=worker, seconds=seconds))
+    if (step, worker, seconds) != (None, None, None):
+        raise ValueError(f"--step, --worker and --seconds name columns of a table, but {path} is a run's record")
     run = times_of_run(path)
-    observed = observe(run.times_s, notes=run.notes, run=run)
-    return replace(observed, overhead_s=run.overhead_s, policy=run.policy, step_s=run.step_s, steps=run.steps)
+    observed = observe(run)
+    return replace(observed, overhead_s=run.overhead_s, policy=run.policy, step_s=run.step_s, steps=run.records)
 
 
-def observe(times_s: Seconds, *, notes: list[str] | None = None, run: RunTimes | None = None) -> Observed:
+def observe(source: Seconds | Table | RunTimes) -> Observed:
     """Make times whole: leave out who gave none, what is impossible and the warm-up; fill gaps.
 
     Args:
-        times_s: Seconds by step and worker, (steps, workers); NaN where there is none.
-        notes: What was said of them already.
-        run: The run that they are from.
+        source: A table, a run's times, or seconds by step and worker alone; NaN where there is none.
 
     Raises:
         ValueError: There is nothing that can be used.
     """
-    notes = list(notes or ())
-    times = np.array(times_s, np.float64)
+    if isinstance(source, np.ndarray):
+        rows, columns = source.shape if source.ndim == 2 else (0, 0)
+        source = Table(source, list(range(columns)), [], np.arange(rows), [])
+    run = source if isinstance(source, RunTimes) else None
+    notes = list(source.notes)
+    times = np.array(source.times_s, np.float64)
     if times.ndim != 2 or not times.size:
         raise ValueError(f"times must be an array of steps × workers, not of shape {times.shape}")
     gaps = _gaps(times, notes, in_a_run=run is not None)
     steps = np.arange(len(times))
     workers = np.arange(times.shape[1])
+    numbers, names = source.workers, source.names
     if (silent := gaps.all(axis=0)).any():
-        names = ", ".join(str(w) for w in workers[silent])
-        notes.append(f"no time of worker {names} can be used: the plan is for the other {np.sum(~silent)}")
+        who = ", ".join(str(numbers[w]) for w in workers[silent])
+        notes.append(f"no time of worker {who} can be used: the plan is for the other {np.sum(~silent)}")
         workers = workers[~silent]
     if not len(workers):
         raise ValueError("no time can be used: all are missing, zero or negative")
@@ -115,15 +130,39 @@ def observe(times_s: Seconds, *, notes: list[str] | None = None, run: RunTimes |
     steps = steps[_warm_up(times[np.ix_(steps, workers)], notes) :]
     place = np.ix_(steps, workers)
     measured = ~gaps[place]
-    filled = _fill(times[place], measured)
+    for w, first in zip(workers, measured.argmax(axis=0), strict=True):
+        if first > max(_LATE_STEPS, len(steps) // 10):
+            notes.append(f"worker {numbers[w]} has its first time in step {source.steps[steps[first]]}")
     return Observed(
-        filled,
+        _fill(times[place], measured),
         measured,
-        [int(w) for w in workers],
-        [] if run is None else [run.hosts[w] for w in workers],
+        [numbers[w] for w in workers],
+        [names[w] for w in workers] if names else [],
         notes,
+        step_numbers=source.steps[steps],
         data_s=None if run is None else run.data_s[place],
         samples=None if run is None else run.samples[place],
+    )
+
+
+def during(observed: Observed, start: int, stop: int) -> Observed:
+    """Return some of the steps, by their rows; gaps are filled from times in these alone.
+
+    Example:
+        >>> observed = observe(np.array([[1.0], [1.0], [1.0], [3.0], [np.nan], [3.0], [3.0]]))
+        >>> during(observed, 3, 7).times_s.ravel().tolist()
+        [3.0, 3.0, 3.0, 3.0]
+    """
+    rows = slice(start, stop)
+    measured = observed.measured[rows]
+    return replace(
+        observed,
+        times_s=_fill(observed.times_s[rows].copy(), measured),
+        measured=measured,
+        step_numbers=observed.step_numbers[rows],
+        step_s=None,  # which is of all
+        data_s=None if observed.data_s is None else observed.data_s[rows],
+        samples=None if observed.samples is None else observed.samples[rows],
     )
 
 

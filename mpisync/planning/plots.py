@@ -126,14 +126,15 @@ def _gains(axes: Axes, made: Choices, backup: int | None) -> None:
 def _picture(axes: Axes, advice: Advice, figure: Any) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
-    times_s = advice.observed.times_s
+    times_s, numbers = advice.whole.times_s, advice.whole.step_numbers
+    first = int(numbers[0]) if len(numbers) else 0
     blocks = _blocks(times_s / np.median(times_s))
     low, top = float(np.quantile(blocks, 0.005)), max(float(np.quantile(blocks, 0.995)), 1.02)
     steps, workers = times_s.shape
     image = axes.imshow(
         blocks.T, aspect="auto", origin="lower", interpolation="nearest", cmap="cividis",
         norm=(LogNorm if top > _LOGARITHMIC else Normalize)(min(1.0, low), top),
-        extent=(-0.5, steps - 0.5, -0.5, workers - 0.5),
+        extent=(first - 0.5, first + steps - 0.5, -0.5, workers - 0.5),
     )  # fmt: skip
     bar = figure.colorbar(image, ax=axes, extend="both")
     if top > _LOGARITHMIC:
@@ -144,6 +145,13 @@ def _picture(axes: Axes, advice: Advice, figure: Any) -> None:
     bar.outline.set_visible(False)
     coarse = " (longest of each cell)" if blocks.shape != times_s.shape else ""
     axes.set(title=f"Who was slow, and when{coarse}", xlabel="step", ylabel="worker")
+    for end in () if advice.regimes is None else (advice.regimes.start, advice.regimes.stop):
+        if 0 < end < steps:  # the steps that the advice is for
+            axes.axvline(first + end - 0.5, color="white", linewidth=1.4, linestyle="--")
+            axes.annotate(
+                "change", (first + end - 0.5, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top",
+                fontsize=7, color="white", bbox={"facecolor": _GREY, "linewidth": 0, "pad": 1.5},
+            )  # fmt: skip
     names = advice.observed.workers
     if names != list(range(workers)):
         axes.set_yticks(range(workers), [str(name) for name in names])

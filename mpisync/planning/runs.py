@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpisync.planning.laws import Seconds
 from mpisync.records import ArrivalRecord, RunHeader, StepRecord, read_record
@@ -31,22 +32,26 @@ class RunTimes:
         times_s: Waiting for data and computing, in seconds, (versions, workers).
         data_s: The waiting for data in it.
         samples: How many samples each gradient is the mean of.
-        hosts: Of the workers.
+        workers: Their numbers.
+        names: Their hosts.
+        steps: The versions; or places in the workers' sequences, where they gave several at one version.
         policy: That ran.
         overhead_s: What a step took beyond the computation of its last gradient, in seconds.
         step_s: What a step took, in seconds.
-        steps: The record's.
+        records: The record's steps.
         notes: What is to be said of the record.
     """
 
     times_s: Seconds
     data_s: Seconds
     samples: Seconds
-    hosts: list[str]
+    workers: list[int]
+    names: list[str]
+    steps: NDArray[np.int64]
     policy: str
     overhead_s: float
     step_s: float
-    steps: list[StepRecord]
+    records: list[StepRecord]
     notes: list[str]
 
 
@@ -71,7 +76,10 @@ def times_of_run(path: str | os.PathLike[str]) -> RunTimes:
     _count_silent(header, steps, found[0], first, notes)
     later = steps[min(5, len(steps) // 10) :]  # without the warm-up
     step_s = (later[-1].published_s - later[0].opened_s) / len(later)
-    return RunTimes(*found, header.hosts, header.policy, _overhead_s(later), step_s, steps, notes)
+    workers, versions = list(range(header.workers)), np.arange(len(found[0])) + (first or 0)
+    return RunTimes(
+        *found, workers, header.hosts, versions, header.policy, _overhead_s(later), step_s, steps, notes
+    )  # fmt: skip
 
 
 def _by_version(

@@ -202,10 +202,11 @@ def decisions(advice: Advice) -> Decisions | None:
     observed = advice.observed
     if (observed.policy or "").partition(":")[0] == "adaptive":
         return Decisions(observed.steps, is_own=True)
-    rows, workers = observed.times_s.shape
+    times_s = advice.whole.times_s
+    rows, workers = times_s.shape
     if advice.choices is None or workers > MOST_WORKERS:
         return None
     policy = Adaptive(noise_scale=advice.choices.efficiency.noise)
     costs = Costs(publish_s=observed.overhead_s)
     steps = max(_FEWEST_STEPS, min(rows, _MOST_DECIDED // workers))
-    return Decisions(list(simulate(policy, observed.times_s, steps=steps, costs=costs)), is_own=False)
+    return Decisions(list(simulate(policy, times_s, steps=steps, costs=costs)), is_own=False)

@@ -8,12 +8,14 @@ from statistics import median
 
 from mpisync.planning.bounds import selection_bias
 from mpisync.planning.choices import Choice, Choices, DeadlineChoice
-from mpisync.planning.diagnosis import LEVEL, SlowWorker, Straggling
+from mpisync.planning.diagnosis import LEVEL, Straggling
 from mpisync.planning.laws import Seconds
 from mpisync.planning.observed import Observed
+from mpisync.planning.regimes import Change, Regimes
 from mpisync.planning.remedies import Remedies
 
 _NAMED = 5  # workers in a sentence
+_CHANGES_NAMED = 5
 
 
 def many(number: int, noun: str) -> str:
@@ -128,21 +130,108 @@ def rebalance(found: Straggling, remedies: Remedies, best: Choice, observed: Obs
             f"(weight=\"samples\") all is {faster(remedies.rebalanced, 'now')}; {_split(best)} is {faster(best.gain)}."
         )
     slow, one = found.slow, len(found.slow) == 1
+    if 2 * len(slow) > len(remedies.shares):
+        fast = [c for c in range(len(remedies.shares)) if c not in {each.column for each in slow}]
+        return (
+            f"Rebalance: {workers(fast, observed)} {'is' if len(fast) == 1 else 'are'} fast, and the other {len(slow)} "
+            f"take {_times([each.ratio for each in slow])} as long, in {slow[-1].share:.0%} of the steps. With batches "
+            f"in proportion to speed (weight=\"samples\") all is {faster(remedies.rebalanced, 'now')}."
+        )
     usual = [c for c in range(len(remedies.shares)) if c not in {each.column for each in slow}]
     share = remedies.shares[slow[0].column] / median(remedies.shares[usual])
     return (
-        f"Rebalance or exclude {_workers(slow, observed)}: {'it takes' if one else 'they take'} {slow[0].ratio:.2f} "
-        f"times as long as the others in {slow[0].share:.0%} of the steps. With a batch {share:.2f} times as large as "
+        f"Rebalance or exclude {workers(sorted(each.column for each in slow), observed)}: "
+        f"{'it takes' if one else 'they take'} {_times([each.ratio for each in slow])} as long as the others in "
+        f"{slow[0].share:.0%} of the steps. With a batch {share:.2f} times as large as "
         f"theirs (weight=\"samples\") all is {faster(remedies.rebalanced, 'now')}; without {'it' if one else 'them'} "
         f"{faster(remedies.excluded)}, on {'one machine' if one else many(len(slow), 'machine')} fewer. Backups "
         f"({_split(best)}: {faster(best.gain)}) would discard {'its' if one else 'their'} work for ever."
     )
 
 
-def _workers(slow: list[SlowWorker], observed: Observed) -> str:
-    names = [str(observed.workers[one.column]) for one in slow[:_NAMED]]
-    more = f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else ""
-    return f"worker{'' if len(slow) == 1 else 's'} {', '.join(names)}{more}"
+def workers(columns: list[int], observed: Observed) -> str:
+    """Return workers' names in a sentence."""
+    if len(columns) == len(observed.workers) > 1:
+        return "all workers"
+    names = [f"{observed.workers[c]}{_on(observed, c)}" for c in columns[:_NAMED]]
+    more = f" and {len(columns) - _NAMED} more" if len(columns) > _NAMED else ""
+    return f"worker{'' if len(columns) == 1 else 's'} {', '.join(names)}{more}"
+
+
+def _times(ratios: list[float]) -> str:
+    """Return for example `2.36 times`, `3 to 4 times`."""
+    low, high = min(ratios), max(ratios)
+    return f"{median(ratios):.2f} times" if high <= 1.15 * low else f"{low:.2f} to {high:.2f} times"
+
+
+# -- changes ---------------------------------------------------------------------------------------
+
+
+def when(found: Regimes, whole: Observed) -> str:
+    """What is to be added to a headline that is not for all steps."""
+    numbers = whole.step_numbers
+    if found.stop < len(numbers):
+        return f" That is for steps {numbers[found.start]} to {numbers[found.stop - 1]}, before the last change."
+    return f" That is since step {numbers[found.start]}, when speeds changed." if found.start else ""
+
+
+def regimes(found: Regimes, whole: Observed, fewest: int) -> list[str]:
+    """What changed in the run, and which steps the advice is for."""
+    numbers = whole.step_numbers
+    lines = [_change(one, whole) for one in found.changes[:_CHANGES_NAMED]]
+    if (more := len(found.changes) - _CHANGES_NAMED) > 0:
+        lines.append(f"After that there are {many(more, 'change')} more.")
+    if found.drift:
+        columns, ratios = list(found.drift), list(found.drift.values())
+        lines.append(
+            f"{_capital(workers(columns, whole))} {_s('change', columns)} speed little by little: at the end a "
+            f"gradient takes {_times(ratios)} as long as at the start. `Adaptive` follows that; the advice is for the "
+            "mean."
+        )
+    if found.switching:
+        lines.append(
+            f"{_capital(workers(found.switching, whole))} {_s('switch', found.switching)} between speeds again and "
+            "again, which is counted as chance, not as a change."
+        )
+    last = [one for one in found.changes if one.stop is None]
+    if not last:
+        return lines
+    rows = len(numbers)
+    if (found.start, found.stop) == (0, rows):
+        why = f"no speed holds for {fewest} steps" if len(last) < 5 else "speeds change too often"
+        lines.append(f"The advice is for all steps, since {why}: `Adaptive` follows such changes.")
+    elif found.stop == rows:
+        lines.append(
+            f"The advice is for what holds since the last change: the {rows - found.start} steps from "
+            f"{numbers[found.start]} on."
+        )
+    else:
+        lines.append(
+            f"Since the last change there are {rows - last[-1].start} steps, and {fewest} are needed: the advice is "
+            f"for steps {numbers[found.start]} to {numbers[found.stop - 1]}, before it. Whether it lasts cannot be "
+            "told yet."
+        )
+    return lines
+
+
+def _change(one: Change, whole: Observed) -> str:
+    numbers, who = whole.step_numbers, workers(one.columns, whole)
+    if one.stop is None:
+        take = f"{_s('take', one.columns)} {_times(one.ratios)}"
+        return f"From step {numbers[one.start]} on {who} {take} as long as before."
+    return (
+        f"{_capital(who)} took {_times(one.ratios)} as long in steps {numbers[one.start]} to {numbers[one.stop - 1]} "
+        f"({many(one.stop - one.start, 'step')}) as before and after."
+    )
+
+
+def _s(verb: str, columns: list[int]) -> str:
+    """Return a verb for one worker or several."""
+    return verb if len(columns) > 1 else verb + ("es" if verb.endswith("ch") else "s")
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 # -- reasons ---------------------------------------------------------------------------------------
@@ -158,7 +247,9 @@ def straggling(found: Straggling, observed: Observed) -> list[str]:
         each = ", ".join(
             f"{observed.workers[one.column]}{_on(observed, one.column)} ×{one.ratio:.2f}" for one in found.slow[:_NAMED]
         )
-        lines.append(f"Persistently slow, against the others' median: worker {each}.")
+        more = f" and {len(found.slow) - _NAMED} more" if len(found.slow) > _NAMED else ""
+        usual = len(observed.workers) - len(found.slow)
+        lines.append(f"Persistently slow, against the median of the other {usual}: worker {each}{more}.")
     elif found.rank_p < LEVEL:
         lines.append(
             f"Some workers are slower than others, always the same ones (Kendall's W {found.rank_effect:.3f}, "
