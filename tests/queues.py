@@ -14,7 +14,6 @@ import numpy as np
 
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.connect import Reached
-from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.peers import Peer
 from mpisync.transport.rendezvous import Meeting
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply
@@ -81,7 +80,7 @@ class Queues:
         return Reached(
             workers,
             root_link=partial(QueueRootLink, self, tuple(workers), run.layout),
-            worker_link=partial(QueueWorkerLink, self, rank, run.layout, run.published),
+            worker_link=partial(QueueWorkerLink, self, rank, run.layout, run.published, run.memory),
         )
 
     def left(self):
@@ -144,10 +143,10 @@ class QueueRootLink(RootLink):
 class QueueWorkerLink(WorkerLink):
     shares_parameters = False
 
-    def __init__(self, queues, worker, layout, published):
+    def __init__(self, queues, worker, layout, published, memory):
         self.layout, self.published = layout, published
-        self.gradient = aligned_bytes(layout.size_bytes)
-        self.parameters = aligned_bytes(published.size_bytes)
+        self.gradient = memory.allocate(layout.size_bytes)
+        self.parameters = memory.allocate(published.size_bytes)
         self._queues, self._worker = queues, worker
         self._newest, self._announced = -1, -1
         self._replies, self._end = {}, None

@@ -14,9 +14,9 @@ import numpy as np
 
 from mpisync.aggregation.late_work import Discard, Requeue
 from mpisync.aggregation.root import Root
-from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import GradientFetcher, RootLink
 from mpisync.transport.layout import Layout, aligned_bytes
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import GradientInfo, Header, Kind, Status
 
@@ -217,7 +217,7 @@ class World:
             self.layout,
             self.parameters,
             policy,
-            Reducer(1),
+            HostMemory(),
             weighted=weighted,
             late=self.late,
             clock=lambda: self.now_s,

@@ -12,6 +12,7 @@ from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, BackupWorkers
 from mpisync.transport.layout import Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.wire import GradientInfo
 
 LAYOUT = Layout.of([("float32", 40)])
@@ -24,7 +25,7 @@ class Node:
 
     def __init__(self, workers):
         self.gradients = {worker: np.zeros(LAYOUT.size_bytes, np.uint8) for worker in workers}
-        self.total = RunningSum(LAYOUT, Reducer(1), [self], weighted=False, norms=False)
+        self.total = RunningSum(LAYOUT, HostMemory(), [self], weighted=False, norms=False)
 
     def gradient(self, worker, block):
         return LAYOUT.view(self.gradients[worker], block)

@@ -16,6 +16,7 @@ from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.policies import Async, BackupWorkers
 from mpisync.transport import communicators, connect
 from mpisync.transport.layout import Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.rendezvous import Proposal, meet
 from mpisync.transport.wire import GradientInfo
 
@@ -34,9 +35,9 @@ def run(request, monkeypatch):
     comm = request.getfixturevalue("comm")
     monkeypatch.setenv("MPISYNC_TRANSPORT", request.param)
 
-    def run(main, layout, policy):
+    def run(main, layout, policy, memory=HostMemory):
         meeting = meet(comm, Proposal("contract"), lambda a, b: None)
-        seen = main(Participant(meeting, layout, layout, policy))
+        seen = main(Participant(meeting, layout, layout, policy, memory()))
         everyone = comm.allgather(seen)
         assert not any(private.Iprobe() for private in communicators.known(comm)), "a message is left"
         assert all(communicators.is_free(private) for private in communicators.known(comm))
@@ -46,13 +47,15 @@ def run(request, monkeypatch):
 
 
 def as_threads(monkeypatch, **script):
-    def run(main, layout, policy):
+    def run(main, layout, policy, memory=HostMemory):
         queues, seen, errors = Queues(RANKS, **script), [None] * RANKS, []
         monkeypatch.setitem(connect.TRANSPORTS, "queues", queues.reach)
 
         def live(rank):
             try:
-                seen[rank] = main(Participant(meeting_of(rank, RANKS, "queues"), layout, layout, policy))
+                seen[rank] = main(
+                    Participant(meeting_of(rank, RANKS, "queues"), layout, layout, policy, memory())
+                )
             except BaseException as error:
                 errors.append(error)
 
@@ -91,20 +94,22 @@ def value_of(array):
     return float(array[0])
 
 
-def train(steps, *, pauses_s=(0.0, 0.0, 0.0), leaves_after=None, stops_at=None):
+def train(steps, *, pauses_s=(0.0, 0.0, 0.0), leaves_after=None, stops_at=None, look=lambda participant, arrays: None):
     """A rank's part of a run in which version v of the parameters is v everywhere."""
 
     def main(participant):
         if participant.is_root:
-            return lead(participant, steps)
+            return lead(participant, steps, look)
         rank = participant.meeting.comm.rank
-        return work(participant, rank, pauses_s[rank], (leaves_after or {}).get(rank), (stops_at or {}).get(rank))
+        leaves, stops = (leaves_after or {}).get(rank), (stops_at or {}).get(rank)
+        return work(participant, rank, pauses_s[rank], leaves, stops, look)
 
     return main
 
 
-def lead(participant, steps):
+def lead(participant, steps, look):
     root, seen = participant.root(), Seen(0.0)
+    look(participant, [participant.parameters, *root.mean])
     seen.transports = [member.link.name for member in root.roster.members]
     theta, records, error = participant.layout.arrays(participant.parameters)[0], [], None
     try:
@@ -127,9 +132,10 @@ def lead(participant, steps):
     return seen
 
 
-def work(participant, rank, pause_s, leaves_after, stops_at):
+def work(participant, rank, pause_s, leaves_after, stops_at, look):
     worker, seen, error = participant.worker(), Seen(0.0), None
     link, layout = worker.link, participant.layout
+    look(participant, [link.gradient, link.parameters])
     slot, copy = layout.arrays(link.gradient)[0], np.zeros(layout.size_bytes, np.uint8)
     try:
         while worker.sequence != leaves_after and worker.pull() is not None:
@@ -233,3 +239,37 @@ def test_a_header_that_takes_long_is_late_whenever_its_gradient_was_complete(mon
     check(seen, 10)
     verdicts = [verdict for (_, sequence), (verdict, _) in seen[0].verdicts.items() if sequence > 0]
     assert verdicts and set(verdicts) == {"late"}
+
+
+class Lent(HostMemory):
+    """A stand-in for the host's memory that knows what it has lent."""
+
+    def __init__(self):
+        super().__init__()
+        self.lent = []
+
+    def allocate(self, size_bytes):
+        self.lent.append(super().allocate(size_bytes))
+        return self.lent[-1]
+
+    def share(self, size_bytes, *, as_file):
+        shared = super().share(size_bytes, as_file=as_file)
+        self.lent.append(shared.bytes)
+        return shared
+
+    def attach(self, address):
+        shared = super().attach(address)
+        self.lent.append(shared.bytes)
+        return shared
+
+
+@SIZES
+def test_gradients_sums_and_parameters_lie_in_the_memory_that_is_given(run, size):
+    """So a device's can stand in for the host's without a change to the protocol."""
+
+    def look(participant, arrays):
+        for array in arrays:
+            assert any(np.shares_memory(array, own) for own in participant.memory.lent)
+        participant.memory.lent.clear()  # else mapped memory would outlive the run
+
+    check(run(train(4, look=look), layout_of(size), BackupWorkers(0), Lent), 4)

@@ -10,10 +10,11 @@ from mpisync import settings
 from mpisync.aggregation.late_work import LateWork
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
-from mpisync.kernels.fold import Reducer, warm
+from mpisync.kernels.fold import warm
 from mpisync.policies import Policy
 from mpisync.transport.connect import connect
 from mpisync.transport.layout import Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.rendezvous import Meeting
 
 _MOST_THREADS = 8  # memory bandwidth is spent by then
@@ -38,6 +39,7 @@ class Participant:
         layout: Of a gradient.
         published: Of the parameters.
         policy: The run's; the root's counts.
+        memory: Where gradients and parameters lie; the host's, worked on by as many threads as pay, unless given.
 
     Attributes:
         parameters: Bytes in which the root keeps the parameters; none on a worker.
@@ -46,13 +48,15 @@ class Participant:
         ValueError: The transport that was asked for does not exist.
     """
 
-    def __init__(self, meeting: Meeting, layout: Layout, published: Layout, policy: Policy) -> None:
+    def __init__(
+        self, meeting: Meeting, layout: Layout, published: Layout, policy: Policy, memory: HostMemory | None = None
+    ) -> None:
         self.meeting, self.layout, self.published, self.policy = meeting, layout, published, policy
         _compile(layout)
-        self.reducer = Reducer(self._threads())
+        self.memory = HostMemory(self._threads()) if memory is None else memory
         # a worker that is out of date may go on reading only where its gradient can still count
         buffers = 1 if policy.staleness == 0 else _BUFFERS
-        self._connection = connect(meeting, layout, published, buffers, self.reducer)
+        self._connection = connect(meeting, layout, published, buffers, self.memory)
         self.parameters = self._connection.home
         if self._connection.note:
             print(f"mpisync: {self._connection.note}", flush=True)
@@ -79,7 +83,7 @@ class Participant:
             self.layout,
             self.parameters,
             self.policy,
-            self.reducer,
+            self.memory,
             weighted=weighted,
             late=late,
             stall_report_s=settings.seconds_of("MPISYNC_STALL_REPORT_S"),

@@ -29,11 +29,11 @@ from mpisync.aggregation.roster import Roster
 from mpisync.aggregation.running_sum import RunningSum
 from mpisync.aggregation.stalls import StallReport
 from mpisync.aggregation.work import Gradient
-from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, Policy
 from mpisync.records import StepRecord
 from mpisync.transport.base import RootLink
 from mpisync.transport.layout import Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header, Kind, Status
 
@@ -52,7 +52,7 @@ class Root:
         layout: Of a gradient.
         parameters: Bytes of the parameters as they are to be published, filled already.
         policy: When a step closes and what counts.
-        reducer: Folds gradients.
+        memory: Where gradients and their sum lie.
         weighted: Weight gradients by their samples instead of equally.
         late: What becomes of late gradients' samples; they are discarded unless given.
         clock: Monotonic seconds; that of the workers on this node.
@@ -75,7 +75,7 @@ class Root:
         layout: Layout,
         parameters: np.ndarray,
         policy: Policy,
-        reducer: Reducer,
+        memory: HostMemory,
         *,
         weighted: bool = False,
         late: LateWork | None = None,
@@ -101,7 +101,7 @@ class Root:
             version, words, gauss = state["ties"]
             self._ties.setstate((version, tuple(words), gauss))
         self.inbox = Inbox(links, self.roster.members, self.roster.me, clock, self._ties)
-        self._sum = RunningSum(layout, reducer, links, weighted=weighted, norms=policy.wants_norms)
+        self._sum = RunningSum(layout, memory, links, weighted=weighted, norms=policy.wants_norms)
         self._layout, self._segments = layout, layout.arrays(parameters)
         self._stop_asked = False
         self._last: int | None = None  # the version at which the training ends

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpisync.kernels.fold import Reducer
 from mpisync.transport.base import RootLink
-from mpisync.transport.layout import Layout, SgdSpan, aligned_bytes
+from mpisync.transport.layout import Layout, SgdSpan
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.wire import GradientInfo
 
 
@@ -30,7 +30,7 @@ class RunningSum:
 
     Args:
         layout: Of a gradient.
-        reducer: Folds.
+        memory: Where the sum lies, and gradients.
         links: All from which gradients may come.
         weighted: Weight gradients by their samples instead of equally.
         norms: Compute squared norms with the mean.
@@ -41,12 +41,12 @@ class RunningSum:
     """
 
     def __init__(
-        self, layout: Layout, reducer: Reducer, links: Sequence[RootLink], *, weighted: bool, norms: bool
+        self, layout: Layout, memory: HostMemory, links: Sequence[RootLink], *, weighted: bool, norms: bool
     ) -> None:
         self.layout = layout
-        self._reducer, self._weighted, self._norms = reducer, weighted, norms
+        self._reducer, self._weighted, self._norms = memory.reducer, weighted, norms
         self.mean = [
-            aligned_bytes(s.count * s.dtype.accumulator.itemsize).view(s.dtype.accumulator)
+            memory.allocate(s.count * s.dtype.accumulator.itemsize).view(s.dtype.accumulator)
             for s in layout.segments
         ]
         blocks = layout.wholes if all(link.is_contiguous for link in links) else layout.blocks

@@ -205,7 +205,7 @@ class PartialReduce:
         worker = self._as_worker("push")
         if self._freed:
             raise RuntimeError("push comes too late: the training has ended, as pull said with False")
-        reducer = self._participant.reducer
+        reducer = self._participant.memory.reducer
         if gradient is None or gradient is self.gradient:  # it is in its slot already
             peak = reducer.peak(self._slot, self._dtype)
         else:

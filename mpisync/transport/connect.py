@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpisync.kernels.fold import Reducer
 from mpisync.transport import communicators
 from mpisync.transport.base import RootLink, WorkerLink
-from mpisync.transport.layout import Layout, aligned_bytes
+from mpisync.transport.layout import Layout
 from mpisync.transport.mapping import share
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
 from mpisync.transport.rendezvous import Meeting
 from mpisync.transport.shared import SharedRootLink, SharedWorkerLink
@@ -26,14 +26,14 @@ class Run:
         layout: Of a gradient.
         published: Of the parameters.
         buffers: How many versions of the parameters may be read at a time.
-        reducer: Copies what is published.
+        memory: Where gradients and parameters lie.
     """
 
     meeting: Meeting
     layout: Layout
     published: Layout
     buffers: int
-    reducer: Reducer
+    memory: HostMemory
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Reached:
 
 def _by_shared_memory(run: Run, workers: Sequence[int]) -> Reached:
     meeting = run.meeting
-    memories = share(meeting, workers, run.layout, run.published, run.buffers)
+    memories = share(meeting, workers, run.layout, run.published, run.buffers, run.memory)
 
     def root_link() -> RootLink:
         assert memories.board is not None  # else it reaches nobody
         return SharedRootLink(
-            meeting.comm, meeting.incarnation, run.layout, memories.board, memories.slots, run.reducer
+            meeting.comm, meeting.incarnation, run.layout, memories.board, memories.slots, run.memory
         )
 
     def worker_link() -> WorkerLink:
@@ -81,11 +81,14 @@ def _by_messages(run: Run, workers: Sequence[int]) -> Reached:
             meeting.incarnation,
             run.layout,
             run.published,
+            run.memory,
             finish_old_versions=run.buffers > 1,
         )
 
     def worker_link() -> WorkerLink:
-        return MessageWorkerLink(meeting.comm, meeting.root, meeting.incarnation, run.layout, run.published)
+        return MessageWorkerLink(
+            meeting.comm, meeting.root, meeting.incarnation, run.layout, run.published, run.memory
+        )
 
     return Reached(workers, root_link, worker_link)
 
@@ -118,7 +121,7 @@ class Connection:
     note: str
 
 
-def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, reducer: Reducer) -> Connection:
+def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, memory: HostMemory) -> Connection:
     """Connect the root with every worker. Collective.
 
     Args:
@@ -126,12 +129,12 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, r
         layout: Of a gradient.
         published: Of the parameters.
         buffers: How many versions of the parameters may be read at a time.
-        reducer: Copies what is published.
+        memory: Where gradients and parameters lie.
 
     Raises:
         ValueError: There is no such transport; on every rank.
     """
-    run = Run(meeting, layout, published, buffers, reducer)
+    run = Run(meeting, layout, published, buffers, memory)
     links: list[RootLink] = []
     link: WorkerLink | None = None
     left, why_not = meeting.workers, ""
@@ -149,7 +152,7 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, r
     return Connection(
         links=links,
         link=link,
-        home=homes[0] if homes else aligned_bytes(published.size_bytes if meeting.is_root else 0),
+        home=homes[0] if homes else memory.allocate(published.size_bytes if meeting.is_root else 0),
         # With one buffer whoever still computes on what is overwritten is late; with several it is not, but messages
         # change parameters only while their worker waits.
         reads_in_place=link is not None and (buffers == 1 or not link.shares_parameters),

@@ -14,7 +14,8 @@ from mpi4py import MPI
 
 from mpisync.transport.backoff import Backoff
 from mpisync.transport.base import GradientFetcher
-from mpisync.transport.layout import BLOCK_BYTES, Block, Layout, aligned_bytes
+from mpisync.transport.layout import BLOCK_BYTES, Block, Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.replies import ReplySender
 from mpisync.transport.wire import Reply, ReplyKind, Tag
 
@@ -30,8 +31,8 @@ class BlockPool:
     another in its place, so that what hangs costs a few blocks and never a buffer.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, memory: HostMemory) -> None:
+        self.capacity, self._memory = capacity, memory
         self.used = 0
         self._free: list[np.ndarray] = []
 
@@ -40,7 +41,7 @@ class BlockPool:
         if self.used + count > self.capacity:
             return None
         self.used += count
-        return [self._free.pop() if self._free else aligned_bytes(BLOCK_BYTES) for _ in range(count)]
+        return [self._free.pop() if self._free else self._memory.allocate(BLOCK_BYTES) for _ in range(count)]
 
     def give(self, blocks: Iterable[np.ndarray]) -> None:
         """Give blocks back."""
@@ -90,10 +91,11 @@ class BlockFetcher(GradientFetcher):
         layout: Layout,
         sender: ReplySender,
         backoff: Backoff,
+        memory: HostMemory,
     ) -> None:
         self._comm, self._incarnation, self._layout = comm, incarnation, layout
         self._sender, self._backoff = sender, backoff
-        self._pool = BlockPool(GRADIENTS * len(layout.blocks))
+        self._pool = BlockPool(GRADIENTS * len(layout.blocks), memory)
         self._sizes = [layout.block_bytes(block) for block in layout.blocks]
         self._places = {block: i for i, block in enumerate(layout.blocks)}
         self._incoming = {w: Incoming(w) for w in workers}

@@ -9,7 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.transport import communicators
-from mpisync.transport.layout import aligned_bytes
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.wire import HEADER_BYTES, Header, Kind, Tag
 
 _KINDS = frozenset(Kind)
@@ -22,6 +22,7 @@ class HeaderReceiver:
         comm: The run's communicator, given back by `close`.
         workers: Who sends.
         incarnation: The run's.
+        memory: Where gradients lie.
         gradient_bytes: Of the gradient that a header which announces one has behind it; 0 where it comes another way.
 
     Attributes:
@@ -30,12 +31,18 @@ class HeaderReceiver:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, workers: Sequence[int], incarnation: int, *, gradient_bytes: int = 0
+        self,
+        comm: MPI.Intracomm,
+        workers: Sequence[int],
+        incarnation: int,
+        memory: HostMemory,
+        *,
+        gradient_bytes: int = 0,
     ) -> None:
         self.open = set(workers)
         self.gradients: dict[int, np.ndarray] = {}
         self._comm, self._workers, self._incarnation = comm, workers, incarnation
-        self._gradient_bytes = gradient_bytes
+        self._memory, self._gradient_bytes = memory, gradient_bytes
         self._buffers = [bytearray(HEADER_BYTES + gradient_bytes) for _ in workers]
         self._receives = [
             comm.Recv_init([buffer, MPI.BYTE], source=worker, tag=Tag.HEADER)
@@ -62,7 +69,7 @@ class HeaderReceiver:
                 header = Header.unpack(self._buffers[index])
                 self._check(worker, header)
                 if self._gradient_bytes and header.kind == Kind.GRADIENT:
-                    self.gradients[worker] = aligned_bytes(self._gradient_bytes)
+                    self.gradients[worker] = self._memory.allocate(self._gradient_bytes)
                     self.gradients[worker][:] = np.frombuffer(self._buffers[index], np.uint8)[HEADER_BYTES:]
                 heard.append(header)
                 if header.kind == Kind.BYE:

@@ -9,6 +9,7 @@ from functools import partial
 
 from mpisync.transport.collectives import exchange
 from mpisync.transport.layout import Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.rendezvous import Meeting
 from mpisync.transport.shared import Board
 from mpisync.transport.shared_memory import SharedMemory
@@ -35,7 +36,7 @@ class Memories:
 
 
 def share(
-    meeting: Meeting, workers: Sequence[int], layout: Layout, published: Layout, buffers: int
+    meeting: Meeting, workers: Sequence[int], layout: Layout, published: Layout, buffers: int, memory: HostMemory
 ) -> Memories:
     """Map the board and slots among those of `workers` that can and the root. Collective, on every rank.
 
@@ -44,15 +45,22 @@ def share(
     """
     here = meeting.peers[meeting.root].boot
     near = sum(meeting.peers[worker].boot == here for worker in workers)
-    memories = _share_once(meeting, workers, layout, published, buffers, as_file=False)
+    memories = _share_once(meeting, workers, layout, published, buffers, memory, as_file=False)
     if len(memories.mapped) < near:
         memories.drop()
-        memories = _share_once(meeting, workers, layout, published, buffers, as_file=True)
+        memories = _share_once(meeting, workers, layout, published, buffers, memory, as_file=True)
     return memories
 
 
 def _share_once(
-    meeting: Meeting, workers: Sequence[int], layout: Layout, published: Layout, buffers: int, *, as_file: bool
+    meeting: Meeting,
+    workers: Sequence[int],
+    layout: Layout,
+    published: Layout,
+    buffers: int,
+    memory: HostMemory,
+    *,
+    as_file: bool,
 ) -> Memories:
     comm, root = meeting.comm, meeting.root
     mine, lines = Memories(None, {}), len(meeting.workers)
@@ -66,14 +74,14 @@ def _share_once(
 
     if meeting.is_root:
         size_bytes = Board.size_bytes(lines, published, buffers)
-        made = attempt(lambda: SharedMemory.create(size_bytes, as_file=as_file))
+        made = attempt(lambda: memory.share(size_bytes, as_file=as_file))
         if made is not None:
             mine.board = Board(made, lines, published, buffers)
             mine.board.words[0] = -1  # no version yet
     boards = exchange(comm, mine.board.memory.address if mine.board else "", "where its memory is")
     if boards[root] and comm.rank in workers:
-        seen = attempt(lambda: SharedMemory.attach(boards[root]))
-        slot = attempt(lambda: SharedMemory.create(layout.size_bytes, as_file=as_file)) if seen is not None else None
+        seen = attempt(lambda: memory.attach(boards[root]))
+        slot = attempt(lambda: memory.share(layout.size_bytes, as_file=as_file)) if seen is not None else None
         mine.board = Board(seen, lines, published, buffers) if seen is not None else None
         mine.slots = {comm.rank: slot} if slot is not None else {}
     offered = mine.slots.get(comm.rank)
@@ -81,9 +89,9 @@ def _share_once(
     if meeting.is_root:
         for worker in workers:
             address = slots[worker]
-            memory = attempt(partial(SharedMemory.attach, address)) if address else None
-            if memory is not None:
-                mine.slots[worker] = memory
+            taken = attempt(partial(memory.attach, address)) if address else None
+            if taken is not None:
+                mine.slots[worker] = taken
     said = exchange(comm, json.dumps([sorted(mine.slots), mine.why_not]), "what it mapped")
     mine.mapped = json.loads(said[root])[0]
     mine.why_not = next((why for text in said if (why := json.loads(text)[1])), "")

@@ -18,7 +18,8 @@ from mpisync.transport.backoff import LONGEST_S, Backoff
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.fetching import WINDOW, BlockFetcher
 from mpisync.transport.headers import HeaderReceiver
-from mpisync.transport.layout import Block, Layout, aligned_bytes
+from mpisync.transport.layout import Block, Layout
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.replies import ReplySender
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, ReplyKind, Tag
 
@@ -54,6 +55,7 @@ class MessageRootLink(RootLink):
         incarnation: int,
         layout: Layout,
         published: Layout,
+        memory: HostMemory,
         *,
         finish_old_versions: bool,
     ) -> None:
@@ -66,8 +68,10 @@ class MessageRootLink(RootLink):
         self._backoff = Backoff()
         self._inline = inline_bytes(layout)
         self._sender = ReplySender(comm, self.workers)
-        self._receiver = HeaderReceiver(comm, self.workers, incarnation, gradient_bytes=self._inline)
-        self.fetcher: BlockFetcher = BlockFetcher(comm, self.workers, incarnation, layout, self._sender, self._backoff)
+        self._receiver = HeaderReceiver(comm, self.workers, incarnation, memory, gradient_bytes=self._inline)
+        self.fetcher: BlockFetcher = BlockFetcher(
+            comm, self.workers, incarnation, layout, self._sender, self._backoff, memory
+        )
 
     def home(self) -> None:
         """None: workers have copies of their own."""
@@ -164,11 +168,17 @@ class MessageWorkerLink(WorkerLink):
     shares_parameters = False
 
     def __init__(
-        self, comm: MPI.Intracomm, root: int, incarnation: int, layout: Layout, published: Layout
+        self,
+        comm: MPI.Intracomm,
+        root: int,
+        incarnation: int,
+        layout: Layout,
+        published: Layout,
+        memory: HostMemory,
     ) -> None:
         self.layout, self.published = layout, published
-        self.gradient = aligned_bytes(layout.size_bytes)
-        self.parameters = aligned_bytes(published.size_bytes)
+        self.gradient = memory.allocate(layout.size_bytes)
+        self.parameters = memory.allocate(published.size_bytes)
         self._comm, self._root, self._incarnation = comm, root, incarnation
         self._blocks = [layout.view(self.gradient, block) for block in layout.blocks]
         self._targets = [
@@ -212,23 +222,23 @@ class MessageWorkerLink(WorkerLink):
     def _hear(self, reply: Reply) -> None:
         if reply.incarnation != self._incarnation:
             raise RuntimeError(f"a reply of another run arrived: {reply}")
-        if reply.say == ReplyKind.VERDICT:
+        if reply.kind == ReplyKind.VERDICT:
             self._replies[reply.ordinal] = reply
-        elif reply.say == ReplyKind.WANT:
+        elif reply.kind == ReplyKind.WANT:
             for block in self._blocks[reply.first : reply.first + reply.blocks]:
                 request = self._comm.Isend(
                     [block.view(np.uint8), MPI.BYTE], dest=self._root, tag=Tag.GRADIENT_BLOCK
                 )
                 self._sends.append((request, block))
-        elif reply.say == ReplyKind.BLOCK:
+        elif reply.kind == ReplyKind.BLOCK:
             target = self._targets[reply.first]
             self._receives.append(
                 self._comm.Irecv([target, MPI.BYTE], source=self._root, tag=Tag.PARAMETER_BLOCK)
             )
             self._newest = self._coming = -1
-        elif reply.say == ReplyKind.PUBLISHED:
+        elif reply.kind == ReplyKind.PUBLISHED:
             self._coming = reply.newest
-        elif reply.say == ReplyKind.BEHIND:
+        elif reply.kind == ReplyKind.BEHIND:
             self._announced_version = reply.newest
         else:
             self._end = End(reply.newest, reply.text)

@@ -29,11 +29,11 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisync.kernels.atomics import fence, fetch_add, load_acquire, store_release
-from mpisync.kernels.fold import Reducer
 from mpisync.transport import communicators
 from mpisync.transport.base import End, RootLink, WorkerLink
 from mpisync.transport.headers import HeaderReceiver
 from mpisync.transport.layout import Block, Layout, aligned
+from mpisync.transport.memory import HostMemory
 from mpisync.transport.shared_memory import Futex, SharedMemory
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Tag
 
@@ -95,14 +95,14 @@ class SharedRootLink(RootLink):
         layout: Layout,
         board: Board,
         slots: dict[int, SharedMemory],
-        reducer: Reducer,
+        memory: HostMemory,
     ) -> None:
         self.workers = tuple(slots)
         self.layout = layout
         self.board = board
-        self._receiver = HeaderReceiver(comm, self.workers, incarnation)
+        self._receiver = HeaderReceiver(comm, self.workers, incarnation, memory)
         self._slots = slots
-        self._reducer = reducer
+        self._reducer = memory.reducer
         self._news, self._wake = board.news(), board.wake()
         self._heard = 0
         self._woken = 0  # WAKE when it was last read

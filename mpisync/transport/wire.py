@@ -111,7 +111,7 @@ class Reply(NamedTuple):
     """The root's answer to message `ordinal`, or one of the root's own messages."""
 
     incarnation: int
-    say: int
+    kind: int
     status: int = 0
     worker: int = -1
     ordinal: int = 0
@@ -130,7 +130,7 @@ class Reply(NamedTuple):
     def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
         """Write the struct at `offset` of `buffer`."""
         _REPLY.pack_into(
-            buffer, offset, self.incarnation, self.say, self.status, self.again, self.worker, self.ordinal,
+            buffer, offset, self.incarnation, self.kind, self.status, self.again, self.worker, self.ordinal,
             self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
             self.blocks, self.epoch, self.batch, clip_text(self.text, 400),
         )  # fmt: skip
@@ -138,8 +138,8 @@ class Reply(NamedTuple):
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview, offset: int = 0) -> Reply:
         """Read the struct at `offset` of `buffer`."""
-        incarnation, say, status, again, *rest, text = _REPLY.unpack_from(buffer, offset)
-        return cls._make((incarnation, say, status, *rest, again, _text(text)))
+        incarnation, kind, status, again, *rest, text = _REPLY.unpack_from(buffer, offset)
+        return cls._make((incarnation, kind, status, *rest, again, _text(text)))
 
 
 def clip_text(text: str, limit: int) -> bytes:

@@ -139,7 +139,7 @@ def _work(participant: Participant, workers: int, sleep_s: float, *, checked: bo
             gradient[: marks.count(workers)] = marks.marked(workers, own)
             peak = float(max(1, own.sequence, own.version))
             if checked:
-                peak = participant.reducer.peak(stored, DTYPES["float32"])
+                peak = participant.memory.reducer.peak(stored, DTYPES["float32"])
             verdict = worker.push(GradientInfo(1, peak=peak))
             pushes.append(Push(own.version, own.version, verdict.accepted))
     except BaseException as error:

@@ -144,7 +144,8 @@ class Ours(Contender):
         if participant.is_root:
             self._root = participant.root()
             self._steps = self._root.serve()
-            self._update = Update(optimizer, layout.arrays(participant.parameters)[0], participant.reducer.threads)
+            threads = participant.memory.reducer.threads
+            self._update = Update(optimizer, layout.arrays(participant.parameters)[0], threads)
             self._spans = [SgdSpan(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []

@@ -31,7 +31,6 @@ from mpisync.session.loop import LoopOptions
 from mpisync.session.options import Options
 from mpisync.session.roles.base import Role
 from mpisync.session.torch_threads import torch_threads
-from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.wire import GradientInfo
 
 _REMEDY = (
@@ -66,7 +65,7 @@ class WorkerRole(Role):
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
-        self._memory = link.parameters if in_place else aligned_bytes(link.published.size_bytes)
+        self._memory = link.parameters if in_place else self._participant.memory.allocate(link.published.size_bytes)
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
         self._flat.bind(self._joint.parameters(self._memory))
@@ -236,7 +235,7 @@ class WorkerRole(Role):
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
         """Write the newest parameters and buffers, whole, into a copy of the model; their version."""
-        memory = aligned_bytes(self._participant.published.size_bytes)
+        memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._participant.published.extras(memory)))
