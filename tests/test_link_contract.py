@@ -3,6 +3,7 @@
 Each check runs a root and three workers, as processes or as threads, and asserts on what all of them saw.
 """
 
+import json
 import threading
 import time
 from dataclasses import dataclass, field
@@ -94,21 +95,24 @@ def value_of(array):
     return float(array[0])
 
 
-def train(steps, *, pauses_s=(0.0, 0.0, 0.0), leaves_after=None, stops_at=None, look=lambda participant, arrays: None):
-    """A rank's part of a run in which version v of the parameters is v everywhere."""
+def train(steps, *, pauses_s=(0.0, 0.0, 0.0), leaves_after=None, stops_at=None, kept=None, look=lambda part, arrays: None):
+    """A rank's part of a run in which version v of the parameters is v everywhere; `kept` holds the ranks' states."""
+    kept = {} if kept is None else kept
 
     def main(participant):
         if participant.is_root:
-            return lead(participant, steps, look)
+            return lead(participant, steps, kept, look)
         rank = participant.meeting.comm.rank
         leaves, stops = (leaves_after or {}).get(rank), (stops_at or {}).get(rank)
-        return work(participant, rank, pauses_s[rank], leaves, stops, look)
+        return work(participant, rank, pauses_s[rank], leaves, stops, kept, look)
 
     return main
 
 
-def lead(participant, steps, look):
-    root, seen = participant.root(), Seen(0.0)
+def lead(participant, steps, kept, look):
+    state, seen = kept.get("root"), Seen(0.0)
+    participant.layout.arrays(participant.parameters)[0][:] = state["collector"]["player"]["version"] if state else 0
+    root = participant.root(state=state)
     look(participant, [participant.parameters, *root.mean])
     seen.transports = [member.link.name for member in root.roster.members]
     theta, records, error = participant.layout.arrays(participant.parameters)[0], [], None
@@ -126,14 +130,17 @@ def lead(participant, steps, look):
         raise
     finally:
         leave_root(root, error)
+    kept["root"] = json.loads(json.dumps(root.state()))  # the last verdicts are given by now
     arrivals = [*(a for record in records for a in record.arrivals), *root.collector.player.arrivals]
     seen.verdicts = {(a.worker, a.sequence): (a.verdict, a.late_by) for a in arrivals}
     assert len(seen.verdicts) == len(arrivals), "a gradient has one verdict"
     return seen
 
 
-def work(participant, rank, pause_s, leaves_after, stops_at, look):
+def work(participant, rank, pause_s, leaves_after, stops_at, kept, look):
     worker, seen, error = participant.worker(), Seen(0.0), None
+    if rank in kept:
+        worker.load(kept[rank])
     link, layout = worker.link, participant.layout
     look(participant, [link.gradient, link.parameters])
     slot, copy = layout.arrays(link.gradient)[0], np.zeros(layout.size_bytes, np.uint8)
@@ -153,6 +160,7 @@ def work(participant, rank, pause_s, leaves_after, stops_at, look):
             seen.verdicts[rank, sequence] = ("accepted" if verdict.accepted else "late", verdict.late_by)
         worker.finish()
         worker.read(copy)
+        kept[rank] = worker.state()
         seen.final = value_of(layout.arrays(copy)[0])
     except BaseException as failed:
         error = failed
@@ -239,6 +247,19 @@ def test_a_header_that_takes_long_is_late_whenever_its_gradient_was_complete(mon
     check(seen, 10)
     verdicts = [verdict for (_, sequence), (verdict, _) in seen[0].verdicts.items() if sequence > 0]
     assert verdicts and set(verdicts) == {"late"}
+
+
+@SIZES
+@pytest.mark.parametrize("policy", [BackupWorkers(0), Async(2)])
+def test_a_run_goes_on_from_the_version_where_another_ended(run, size, policy):
+    kept = {}
+    check(run(train(5, kept=kept), layout_of(size), policy), 5)
+    seen = run(train(9, kept=kept), layout_of(size), policy)
+    check(seen, 9)
+    assert len(seen[-1].steps) == 4
+    assert all(worker.versions[0] == 5 for worker in seen[:-1])
+    if policy.staleness == 0:
+        assert [sorted(accepted) for accepted in seen[-1].steps] == [[(w, s, s) for w in range(3)] for s in range(5, 9)]
 
 
 class Lent(HostMemory):

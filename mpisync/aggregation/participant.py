@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from mpi4py import MPI
 
@@ -75,8 +77,10 @@ class Participant:
         """Whether this rank, a worker, may compute on the bytes that the root writes or sends."""
         return self._connection.reads_in_place
 
-    def root(self, *, weighted: bool = False, late: LateWork | None = None) -> Root:
-        """Become the root; `parameters` must be filled by now."""
+    def root(
+        self, *, weighted: bool = False, late: LateWork | None = None, state: Mapping[str, Any] | None = None
+    ) -> Root:
+        """Become the root; `parameters` must be filled by now. See `Root`."""
         return Root(
             self.meeting.peers,
             self._connection.links,
@@ -86,6 +90,7 @@ class Participant:
             self.memory,
             weighted=weighted,
             late=late,
+            state=state,
             stall_report_s=settings.seconds_of("MPISYNC_STALL_REPORT_S"),
         )
 
