@@ -95,7 +95,7 @@ def value_of(array):
     return float(array[0])
 
 
-def train(steps, *, pauses_s=(0.0, 0.0, 0.0), leaves_after=None, stops_at=None, kept=None, look=lambda part, arrays: None):
+def train(steps, *, pauses_s=(0.0, 0.0, 0.0), leaves_after=None, stops_at=None, kept=None, look=lambda *_: None):
     """A rank's part of a run in which version v of the parameters is v everywhere; `kept` holds the ranks' states."""
     kept = {} if kept is None else kept
 
