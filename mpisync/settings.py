@@ -30,7 +30,7 @@ def seconds(text: str) -> float:
 
 
 def flag(text: str) -> bool:
-    """Parse yes or no."""
+    """Parse a boolean."""
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     if text.lower() not in words:
         raise ValueError("must be 1 or 0")

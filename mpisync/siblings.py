@@ -35,7 +35,7 @@ class Sibling:
 
 
 class Stat(NamedTuple):
-    """What the kernel says of a process."""
+    """The state of a process, as the kernel tells it."""
 
     state: str  # one letter: "R", "S", "T" stopped, "Z" ended, …
     parent: int
@@ -67,7 +67,7 @@ def marked(word: str) -> Iterator[None]:
 
 
 def find() -> list[Sibling]:
-    """Every process of this job on this node, by rank; this one's too."""
+    """Return every process of this job on this node, by rank; this one too."""
     daemon = _daemon(os.getpid())
     found = []
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
@@ -82,7 +82,7 @@ def find() -> list[Sibling]:
 
 
 def first_of_each(found: Iterable[Sibling], word: str) -> list[Sibling]:
-    """One process a rank, by rank: the one that shows `word`, if any does."""
+    """Return one process a rank, by rank: the one that shows `word`, if any does."""
     return sorted(
         {s.rank: s for s in sorted(found, key=lambda s: (s.mark == word, -s.pid))}.values(),
         key=lambda sibling: sibling.rank,
@@ -90,7 +90,7 @@ def first_of_each(found: Iterable[Sibling], word: str) -> list[Sibling]:
 
 
 def _daemon(pid: int) -> int | None:
-    """The nearest ancestor that is no rank: the launcher's daemon on this node."""
+    """Return the nearest ancestor that is no rank: the launcher's daemon on this node."""
     if _rank(str(pid)) is None:
         return None
     while _rank(str(pid)) is not None:

@@ -1,1 +1,1 @@
-"""The step protocol: root, workers, and who is in which state."""
+"""The step protocol: the root, the workers, and who is in which state."""

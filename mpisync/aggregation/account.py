@@ -1,4 +1,4 @@
-"""Where a worker's samples went."""
+"""The account of a worker's samples: where they went."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Account:
         return self.handed - self.used - self.discarded - self.requeued - self.lost
 
     def judge(self, outcome: Outcome) -> None:
-        """Count a gradient."""
+        """Count a gradient by its verdict."""
         setattr(self, outcome, getattr(self, outcome) + 1)
 
     def tally(self, fate: Fate, samples: int) -> None:

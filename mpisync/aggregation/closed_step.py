@@ -1,4 +1,4 @@
-"""A step whose gradients are in: what an update is made of, until it is published."""
+"""A step whose gradients are in: what its update is made of, until it is published."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ClosedStep:
         return self.fold().finite
 
     def fold(self) -> Sums:
-        """Make the mean of the gradients, unless that was done; what it says of itself."""
+        """Make the mean of the gradients, unless that was done, and return what the sum says of itself."""
         if self._sums is None:
             self._sums = self._total.finish()
             self.reduced_s = self._clock()
@@ -97,5 +97,5 @@ class ClosedStep:
         return self._is_updated
 
     def publish(self) -> StepRecord:
-        """Make the parameters, as they are now, the next version; what happened in the step."""
+        """Make the parameters, as they are now, the next version, and return what happened in the step."""
         return self._publish(self)

@@ -25,7 +25,7 @@ _REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training i
 
 
 class Decided(NamedTuple):
-    """A gradient that was judged."""
+    """A judged gradient, with its verdict."""
 
     gradient: Gradient
     refusal: Refusal | None = None  # None where it was accepted
@@ -34,7 +34,7 @@ class Decided(NamedTuple):
 
 
 class Collector:
-    """Judges gradients at the open step and keeps every worker's account.
+    """The judge of gradients at the open step, who keeps every worker's account.
 
     Args:
         policy: When a step closes and what counts.
@@ -74,7 +74,7 @@ class Collector:
         self.player = Player(policy, workers, self, payloads, clock=clock, ties=ties)
 
     def decided(self) -> list[Decided]:
-        """Return what was judged since this was last asked, in that order; whoever asks tells the workers."""
+        """Return what was judged since the last call, in that order; the caller tells the workers."""
         decided, self._decided = self._decided, []
         return decided
 
@@ -85,7 +85,7 @@ class Collector:
         return self._next_sequence[worker]
 
     def register(self, arrival: Arrival, info: GradientInfo, handed: int, *, is_tie: bool = False) -> None:
-        """Take note of a gradient that was announced; `Player.judge` is to follow.
+        """Take note of an announced gradient; `Player.judge` is to follow.
 
         Args:
             arrival: Whose it is, and when it came.
@@ -119,7 +119,7 @@ class Collector:
             self.player.judge(worker)
 
     def pass_over(self, worker: int, info: GradientInfo, *, may_return: bool) -> bool:
-        """Enter batches that left no gradient; whether the worker is to have them again.
+        """Enter batches that left no gradient, and say whether their worker is to have them again.
 
         Args:
             worker: Whose they are.
@@ -130,7 +130,7 @@ class Collector:
         return self.late.pass_over(worker, self.accounts[worker], part, may_return=may_return)
 
     def lose(self, worker: int) -> None:
-        """Expect no further gradient of a worker; one that was accepted counts all the same."""
+        """Expect no further gradient of a worker; an accepted one counts all the same."""
         if (gradient := self._pending.pop(worker, None)) is not None:
             self.player.forget(worker)
             self.late.drop(worker, gradient.work)
@@ -139,7 +139,7 @@ class Collector:
 
     @property
     def divergence(self) -> str:
-        """Why training is to be given up; "" where gradients count now and then."""
+        """The reason to give up training; "" where gradients count now and then."""
         limit = _REJECTIONS_PER_WORKER * len(self.player.step.alive)
         if self._rejected_in_a_row < max(limit, 1):
             return ""
@@ -149,7 +149,7 @@ class Collector:
         )
 
     def has_no_samples(self) -> bool:
-        """Whether all samples are used, so that no further step can be."""
+        """Say whether all samples are used, so that there can be no further step."""
         step = self.player.step
         step.remaining = self.late.remaining
         return step.remaining == 0 and not step.accepted
@@ -164,7 +164,7 @@ class Collector:
         return TAKEN_OVER if self.late.is_used(gradient.work) else None
 
     def accept(self, arrival: Arrival) -> None:
-        """Count a whole gradient; nothing of it has entered the sum before."""
+        """Count a whole gradient, of which nothing has entered the sum before."""
         gradient = self._pending.pop(arrival.worker)
         self.gradients.append(gradient)
         self.late.accept(arrival.worker, gradient.work)

@@ -1,4 +1,4 @@
-"""What a rank raises when another one failed."""
+"""The error that a rank raises when another one failed."""
 
 
 class PeerFailed(RuntimeError):

@@ -1,4 +1,4 @@
-"""Headers in the order in which their gradients were complete, whatever order the root heard them in."""
+"""The root's inbox: headers in the order in which their gradients were complete, whatever order it heard them in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Heard = tuple[float, float, Header]  # time of completion, lot, header
 
 
 class Inbox:
-    """Takes in headers from all links.
+    """The headers of all links, in one order.
 
     Args:
         links: One a transport.
@@ -38,7 +38,7 @@ class Inbox:
         self._kept: deque[Heard] = deque()
 
     def take(self) -> deque[Heard]:
-        """Return all that has come and was not handled yet, first completed first.
+        """Return all headers that have come and were not handled yet, first completed first.
 
         Whoever handles an entry removes it; what is left is part of the next answer too.
         """

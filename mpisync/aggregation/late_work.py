@@ -1,4 +1,4 @@
-"""What becomes of the samples of gradients that do not count: every worker's account, and what comes back.
+"""The samples of gradients that do not count: every worker's account, and what comes back.
 
 The rank that makes the updates keeps the accounts, and entries are final. A late gradient's samples are
 
@@ -29,7 +29,7 @@ from mpisync.aggregation.work import Part, Work
 
 @dataclass
 class LateWork:
-    """What becomes of late gradients' samples, and what became of all samples; here they are discarded.
+    """The rule for late gradients' samples, and the accounts of all samples; here late ones are discarded.
 
     Attributes:
         by_cost: An account for each class k of costs, from 2^k to 2^(k+1).
@@ -41,15 +41,15 @@ class LateWork:
 
     @property
     def remaining(self) -> int | None:
-        """The most gradients that there are samples for; None where there is no end to them."""
+        """The largest number of gradients that there are samples for; None where samples never run out."""
         return None
 
     def claim(self, worker: int, behind: Sequence[int], batches: int) -> BatchId | None:
-        """Give a worker, whose loader makes so many batches an epoch, its next one."""
+        """Give a worker, whose loader makes so many batches an epoch, its next batch."""
         raise RuntimeError(f"worker {worker} claims a batch, but there is no pool: the protocol is broken")
 
     def announce(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
-        """Take note of the computation that a gradient was announced of, or that was passed over.
+        """Take note of the computation behind an announced gradient, or one that was passed over.
 
         Args:
             worker: Whose it is.
@@ -90,7 +90,7 @@ class LateWork:
         return self._let_go(worker, account, work, may_return=may_return)
 
     def drop(self, worker: int, work: Work) -> None:
-        """Drop a gradient that was announced, and whose worker is gone."""
+        """Drop an announced gradient whose worker is gone."""
 
     def _let_go(self, worker: int, account: Account, work: Work, *, may_return: bool) -> bool:
         self._tally(account, work.parts, "discarded")
@@ -109,7 +109,7 @@ class LateWork:
             self._tally(account, work.parts, "discarded")
 
     def lose(self, worker: int, account: Account, taken: int) -> None:
-        """Enter what a worker has in its hands as it leaves or dies, but for `taken` samples in the open step."""
+        """Enter the samples that a worker holds as it leaves or dies, but for `taken` samples in the open step."""
         account.lost += account.in_flight - taken
 
     def state(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Retry(LateWork):
     _times: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Refuse a limit below 1."""
         _check_number("limit", self.limit, "Discard() gives late work up at once")
 
     def accept(self, worker: int, work: Work) -> None:
@@ -180,7 +180,7 @@ class Retry(LateWork):
         return again
 
     def state(self) -> dict[str, Any]:
-        """Return the costs' accounts, and how often each worker has what it has."""
+        """Return the costs' accounts, and how often in a row each worker was given its batches again."""
         return {**super().state(), "times": {str(worker): times for worker, times in self._times.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -209,11 +209,11 @@ class Carry(LateWork):
     _carried: dict[int, Sequence[Part]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Refuse a staleness below 1."""
         _check_number("max_staleness", self.max_staleness, "Discard() gives late work up at once")
 
     def announce(self, worker: int, account: Account, part: Part, *, carries: bool) -> Work:
-        """Take note of a gradient, and of what it carries or of what was given up."""
+        """Take note of a gradient, and of the late ones that it carries or that its worker gave up."""
         carried = self._carried.pop(worker, ())
         if not carries:
             self._tally(account, carried, "discarded")
@@ -266,7 +266,7 @@ class Requeue(LateWork):
         return None if self.pool is None else self.pool.remaining
 
     def claim(self, worker: int, behind: Sequence[int], batches: int) -> BatchId | None:
-        """Deal a batch; none where the root has not come to its loop, which is the end."""
+        """Deal a batch; None where the root has not come to its loop, which is the end."""
         if self.pool is None or not self.goes_on:
             return None
         if batches != self.pool.batches:
@@ -281,7 +281,7 @@ class Requeue(LateWork):
         return Work([part], self._batches.take(worker, part.batches))
 
     def is_used(self, work: Work) -> bool:
-        """Say whether another worker was given one of a gradient's batches too, and was first."""
+        """Say whether another worker, given one of a gradient's batches too, was first."""
         return self._batches.is_used(work.batches)
 
     def accept(self, worker: int, work: Work) -> None:
@@ -303,7 +303,7 @@ class Requeue(LateWork):
         return False
 
     def drop(self, worker: int, work: Work) -> None:
-        """Drop a gradient that was announced, and whose worker is gone."""
+        """Drop an announced gradient whose worker is gone."""
         self._batches.give_back(worker, work.batches)
 
     def rollback(self, worker: int, account: Account, work: Work, *, is_told: bool) -> None:
@@ -313,7 +313,7 @@ class Requeue(LateWork):
             self._tally(account, work.parts, "requeued")
 
     def lose(self, worker: int, account: Account, taken: int) -> None:
-        """Put back what a worker had in its hands."""
+        """Put back the batches that a worker holds as it leaves or dies."""
         account.requeued += account.in_flight - taken
         if self.pool is not None:
             self.pool.leave(worker)
@@ -323,7 +323,7 @@ class Requeue(LateWork):
         return {**super().state(), "pool": None if self.pool is None else self.pool.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; the pool, if it was one, is made for the loader by then."""
+        """Go on where `state` was taken; its pool, if it had one, is made for the loader by then."""
         super().load(state)
         if self.pool is not None:
             self.pool.load(state["pool"])
@@ -334,7 +334,7 @@ class Requeue(LateWork):
 
 
 def late_work_of(value: LateWork | str) -> LateWork:
-    """Return what an object or its form in words stands for.
+    """Return the rule that an object is, or that its form in words stands for.
 
     Raises:
         ValueError: It is no such form.

@@ -1,4 +1,4 @@
-"""What the root knows of each worker: its state, and what it waits for.
+"""The root's knowledge of each worker: its state, and what it waits for.
 
     COMPUTING   nothing heard since its last reply
     ANNOUNCED   its header is in; its gradient stays with it (or is held until its turn comes)
@@ -24,7 +24,7 @@ from mpisync.transport.wire import Header
 
 
 class State(enum.Enum):
-    """Where a worker stands; see the module's text."""
+    """The states of a worker; see the module's text."""
 
     COMPUTING = "computing"
     ANNOUNCED = "announced"
@@ -37,7 +37,7 @@ class State(enum.Enum):
 
 @dataclass
 class Member:
-    """One worker."""
+    """One worker, as the root knows it."""
 
     worker: int
     peer: Peer
@@ -51,5 +51,5 @@ class Member:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a gradient may still come from it."""
+        """Whether a gradient may still come from this worker."""
         return self.state not in (State.LEFT, State.GONE, State.LOST)

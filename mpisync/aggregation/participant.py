@@ -1,4 +1,4 @@
-"""What a rank is in a run, once all have met: the root or a worker, connected to its other side."""
+"""A rank's part in a run, once all have met: the root or a worker, connected to its other side."""
 
 from __future__ import annotations
 

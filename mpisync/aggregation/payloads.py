@@ -1,4 +1,4 @@
-"""Where gradients are: with their workers until the root asks for them, on their way, or whole in its reach.
+"""The places of gradients: with their workers until the root asks for them, on their way, or whole in its reach.
 
 First announced are first asked for, so many as the step still lacks. Nothing else in this package knows that some links
 have gradients fetched and others do not.
@@ -12,7 +12,7 @@ from mpisync.aggregation.members import Member, State
 
 
 class PayloadQueue:
-    """Asks for payloads, and remembers whom it has still to ask.
+    """The queue of workers whose payloads the root has still to ask for.
 
     Args:
         members: All workers, by number.
@@ -28,12 +28,12 @@ class PayloadQueue:
         self.queue: list[Member] = []
 
     def is_whole(self, worker: int) -> bool:
-        """Whether every byte of an announced payload is in this process's reach."""
+        """Say whether every byte of an announced payload is in this process's reach."""
         fetcher = self._members[worker].link.fetcher
         return fetcher is None or fetcher.is_whole(worker)
 
     def progress(self) -> list[int]:
-        """Move what was asked for; workers whose payload has become whole."""
+        """Move the payloads that were asked for, and return the workers whose payload has become whole."""
         return [worker for fetcher in self._fetchers for worker in fetcher.progress()]
 
     def release(self, worker: int) -> None:
@@ -43,7 +43,7 @@ class PayloadQueue:
             fetcher.release(worker)
 
     def want(self, worker: int) -> None:
-        """Let a worker stand in line, once."""
+        """Put a worker in line, once."""
         member = self._members[worker]
         if member.state is State.ANNOUNCED and member not in self.queue:
             self.queue.append(member)

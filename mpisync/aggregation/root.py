@@ -44,7 +44,7 @@ _FOLD_AFTER_S = 1e-3  # a small one costs more by being a call of its own than i
 
 
 class Root:
-    """Serves steps to workers.
+    """The root aggregator, which serves steps to workers.
 
     Args:
         peers: The processes of all ranks; the last is this one.
@@ -118,12 +118,12 @@ class Root:
 
     @property
     def policy(self) -> Policy:
-        """When the open step closes and what counts in it."""
+        """The rules of the open step: when it closes and what counts in it."""
         return self.collector.player.policy
 
     @property
     def mean(self) -> list[np.ndarray]:
-        """Where every step's mean will be, one array a segment."""
+        """The memory of every step's mean, one array a segment."""
         return self._sum.mean
 
     def state(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Root:
         self._stop_asked = True
 
     def _run_until_closed(self) -> ClosedStep | None:
-        """Run until the open step closes; None when there will be no further one."""
+        """Run until the open step closes, and return it; None when there will be no further one."""
         player = self.collector.player
         while True:
             self._hear()
@@ -176,7 +176,7 @@ class Root:
             self._idle(now_s)
 
     def _hear(self) -> None:
-        """Judge gradients that were announced, and answer what else workers say."""
+        """Judge the gradients that workers announced, and answer what else they say."""
         heard = self.inbox.take()
         times = Counter(at_s for at_s, *_ in heard) if heard else {}
         while heard and not self.collector.player.is_closing:
@@ -196,7 +196,7 @@ class Root:
         member.state, member.pending_header = State.ANNOUNCED, header
 
     def _take_whole(self, workers: list[int]) -> None:
-        """The last bytes of asked-for gradients are in: now is when they arrived."""
+        """Judge the asked-for gradients whose last bytes are in: now is when they arrived."""
         now_s = self.clock()
         for worker in self._ties.sample(workers, len(workers)) if workers else ():  # no rank goes before another
             if self.roster.members[worker].state is State.WANTED:
@@ -204,7 +204,7 @@ class Root:
                 self.tell()
 
     def tell(self) -> None:
-        """Let what was decided have its effect: what is accepted will be folded, and who is refused is told so."""
+        """Carry out the collector's decisions: add accepted gradients to the sum, tell other workers their verdicts."""
         reason = ""
         for gradient, refusal, late_by, again in self.collector.decided():
             member = self.roster.members[gradient.worker]
@@ -221,7 +221,7 @@ class Root:
             self.fail(reason)
 
     def _make_room(self) -> bool:
-        """Fold what is accepted, so that its memory is free again; whether there was any."""
+        """Fold the accepted gradients, so that their memory is free again; say whether there were any."""
         workers = self._sum.pending
         if workers:
             self._sum.fold()
@@ -230,14 +230,14 @@ class Root:
         return bool(workers)
 
     def _close(self, now_s: float) -> ClosedStep:
-        """Hand out the step for its update."""
+        """Hand out the closed step for its update."""
         self.roster.begin(self.version + 1)
         return ClosedStep(
             self.version, self.collector.gradients, self._sum, self._segments, now_s, self.clock, self._publish
         )
 
     def _publish(self, closed: ClosedStep) -> StepRecord:
-        """Turn the version, give the verdicts, open the next step."""
+        """Publish the next version, give the verdicts, open the next step."""
         if closed.step != self.version:
             raise RuntimeError(f"step {closed.step} was published already")
         sums, updated_s, roster = closed.fold(), self.clock(), self.roster
@@ -275,7 +275,7 @@ class Root:
                 self.payloads.release(gradient.worker)
 
     def _answer_gradient(self, member: Member, status: Status, gradient: Gradient, **more: Any) -> None:  # noqa: ANN401
-        """Tell a verdict: the worker has its buffer back and may go on."""
+        """Tell a worker its verdict: it has its buffer back and may go on."""
         header = member.pending_header
         if header is None:
             raise RuntimeError(f"worker {member.worker} has no gradient to be judged: the protocol is broken")
@@ -288,7 +288,7 @@ class Root:
         self.roster.resume(member, resume)
 
     def answer(self, member: Member, header: Header) -> None:
-        """Take note of a header that is no gradient's, and answer it.
+        """Take note of a header that announces no gradient, and answer it.
 
         Raises:
             PeerFailed: The worker says that it failed.
@@ -316,14 +316,14 @@ class Root:
                 self.roster.resume(member, resume)
 
     def acknowledge(self, member: Member, header: Header, **more: Any) -> int:  # noqa: ANN401 (as in Roster.acknowledge)
-        """Answer a header on which there is no verdict; the version at which the worker's next computation begins."""
+        """Answer a header on which there is no verdict; return the version of the worker's next computation."""
         step, sequence = self.collector.player.step.step, self.collector.next_sequence(member.worker)
         resume = self.policy.resumes_at(member.worker, sequence, self.version)
         self.roster.acknowledge(member, header, step, resume, **more)
         return resume
 
     def _behind(self) -> list[int]:
-        """Workers whose gradients will be late for sure, whatever they do."""
+        """Return the workers whose gradients will be late for sure, whatever they do."""
         # What a worker was let have may have been superseded before it looked, so it may be a version ahead of that.
         would_be_late = self.collector.player.would_be_late
         return [
@@ -335,7 +335,7 @@ class Root:
     # -- waiting -----------------------------------------------------------------------------------
 
     def _idle(self, now_s: float) -> None:
-        """Nothing can be done at once: answer, fold early if that pays, look around, sleep."""
+        """Use the time until something comes: answer, fold early if that pays, look for ended workers, sleep."""
         player = self.collector.player
         if player.policy.staleness != 0:  # workers need not wait for the next version
             self._make_room()
@@ -359,7 +359,7 @@ class Root:
         self.roster.wait(wake_s - now_s, player.policy.lacks(player.step) if is_small else 1)
 
     def _look_for_ended(self) -> None:
-        """A worker whose process has ended without a word is late for ever.
+        """Lose the workers whose processes have ended without a word.
 
         Raises:
             PeerFailed: No worker is left.
@@ -372,7 +372,7 @@ class Root:
     # -- ends --------------------------------------------------------------------------------------
 
     def lose(self, member: Member, state: State) -> None:
-        """Expect no further gradient of a worker; one that was accepted counts all the same."""
+        """Expect no further gradient of a worker; an accepted one counts all the same."""
         if member.state in (State.ANNOUNCED, State.WANTED):
             self.payloads.release(member.worker)
         self.collector.lose(member.worker)

@@ -38,7 +38,7 @@ class Roster:
 
     @property
     def living(self) -> set[int]:
-        """Workers of whom a gradient may still come."""
+        """The workers of whom a gradient may still come."""
         return {member.worker for member in self.members if member.is_alive}
 
     def ended(self) -> list[Member]:
@@ -52,7 +52,7 @@ class Roster:
         ]
 
     def is_stopped(self, member: Member) -> bool:
-        """Whether a worker's process is stopped by a signal, as far as can be seen from here."""
+        """Say whether a worker's process is stopped by a signal, as far as can be seen from here."""
         return self.me.sees(member.peer) and member.peer.state() in ("T", "t")
 
     # -- what one worker is told -------------------------------------------------------------------
@@ -86,18 +86,18 @@ class Roster:
         batch: BatchId | None = None,
         again: bool = False,
     ) -> None:
-        """Answer a header on which there is no verdict; where it claims a batch, with that."""
+        """Answer a header on which there is no verdict; one that claims a batch, with the batch."""
         epoch, number = (-1, -1) if batch is None else batch
         self.reply(member, header, Status.NOTED, step, resume, epoch=epoch, batch=number, again=int(again))
 
     def resume(self, member: Member, version: int) -> None:
-        """Let a worker have `version`, now or when it is there."""
+        """Let a worker have `version`, now or once it is published."""
         member.waits_for = version
         if version <= self.version:
             self.serve_parameters(member)
 
     def serve_parameters(self, member: Member) -> None:
-        """Let a worker that waits for them have the newest parameters."""
+        """Let a worker that waits for the newest parameters have them."""
         member.waits_for, member.served, member.since_s = -1, self.version, self._clock()
         member.link.serve(member.worker)
 
@@ -131,7 +131,7 @@ class Roster:
             link.flush()
 
     def wait(self, timeout_s: float, headers: int = 1) -> None:
-        """Sleep until something may have come.
+        """Sleep until a header may have come.
 
         Only memory can wake a sleeper: with messages too, theirs, the last link, is the one that sleeps, and never
         long.
@@ -139,6 +139,6 @@ class Roster:
         self.links[-1].wait(max(0.0, timeout_s), headers)
 
     def close(self) -> None:
-        """Give back receives and memory."""
+        """Give back the links' receives and memory."""
         for link in self.links:
             link.close()

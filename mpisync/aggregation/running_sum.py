@@ -15,7 +15,7 @@ from mpisync.transport.wire import GradientInfo
 
 @dataclass
 class Sums:
-    """What a finished sum says of itself."""
+    """The properties of a finished sum."""
 
     finite: bool
     sum_squares: float = 0.0  # ‖mean‖²
@@ -58,7 +58,7 @@ class RunningSum:
         self._bound = self._divisor = self._gradient_squares = 0.0
 
     def add(self, link: RootLink, worker: int, info: GradientInfo) -> None:
-        """Take note of a whole gradient; but for what it carries along it must stay where it is until `fold`."""
+        """Take note of a whole gradient; all but its extras must stay where it is until `fold`."""
         factor = float(info.samples) if self._weighted else 1.0
         self._pending.append((link, worker, factor))
         self._divisor += factor
@@ -68,15 +68,15 @@ class RunningSum:
 
     @property
     def pending(self) -> list[int]:
-        """Workers whose gradients wait to be folded."""
+        """The workers whose gradients wait to be folded."""
         return [worker for _, worker, _ in self._pending]
 
     def fold(self) -> None:
-        """Fold what is pending, so that its memory is free again."""
+        """Fold the pending gradients, so that their memory is free again."""
         self._fold(None)
 
     def finish(self) -> Sums:
-        """Fold what is pending, and make the sum the mean; the next gradient begins another sum."""
+        """Fold the pending gradients, and make the sum the mean; the next gradient begins another sum."""
         sums = self._fold(self._divisor)
         sums.gradient_squares = self._gradient_squares
         self.forget()
@@ -105,7 +105,7 @@ class RunningSum:
         return [weight for *_, weight in self._pending] if self._weighted else None
 
     def fused_sgd_step(self, parameters: Sequence[np.ndarray], spans: Sequence[SgdSpan]) -> bool:
-        """Fold what is pending and update parameters in the same pass, if the sum cannot but be finite.
+        """Fold the pending gradients and update parameters in the same pass, if the sum is sure to be finite.
 
         Args:
             parameters: One array a segment.

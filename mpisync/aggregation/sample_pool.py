@@ -1,4 +1,4 @@
-"""The pool of an epoch's batches: whoever claims one has it, and what did not count comes back.
+"""The pool of an epoch's batches: a worker that claims one has it, and a batch that did not count comes back.
 
 A batch is known by its id, two numbers from which every worker can work out its samples. It is *fresh* until somebody
 claims it, *out* while at least one worker holds it, and then *used*, or *returned*, to be claimed before any fresh one.
@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 
 class BatchId(NamedTuple):
-    """The id of a batch: its number in which epoch's order."""
+    """The id of a batch: an epoch, and the batch's number in that epoch's order."""
 
     epoch: int
     batch: int
 
 
 class SamplePool:
-    """Deals the batches of epoch after epoch.
+    """A pool that deals the batches of epoch after epoch.
 
     Args:
         batches: How many an epoch has.
@@ -78,7 +78,7 @@ class SamplePool:
         return batch_id
 
     def _surely_late(self, worker: int, behind: Iterable[int]) -> BatchId | None:
-        """The batch that such a worker computes on, unless another has it already."""
+        """Return a batch of a worker that will be late for sure, unless another worker has it already."""
         for other in behind:
             batch_id = next((batch_id for batch_id in self._held.get(other, ()) if batch_id in self._out), None)
             if batch_id is not None and self._out[batch_id] == {other} and other != worker:
@@ -150,7 +150,7 @@ class SamplePool:
 
 
 class ReplayedPool(SamplePool):
-    """Deals what a record says, so that its replay computes on the same batches.
+    """A pool that deals the batches of a record, so that its replay computes on the same ones.
 
     Args:
         batches: How many an epoch has.
@@ -173,7 +173,7 @@ class ReplayedPool(SamplePool):
         return own.popleft() if own else None
 
     def take(self, worker: int, count: int) -> list[BatchId]:
-        """What the worker's next gradient was computed from.
+        """Return the batches that the worker's next gradient was computed from.
 
         Raises:
             RuntimeError: In the recorded run it was computed from more batches, or from fewer.
@@ -192,5 +192,5 @@ class ReplayedPool(SamplePool):
         return False
 
     def state(self) -> dict[str, Any]:
-        """Return nothing to go on from: the run that is repeated has its own."""
+        """Return nothing to go on from: the repeated run has its own."""
         return {}

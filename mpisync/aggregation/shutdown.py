@@ -1,4 +1,4 @@
-"""The end of the training: everyone gets the final parameters and says goodbye, or is seen to."""
+"""The end of the training: every worker gets the final parameters and says goodbye, or is reported and killed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _too_late(root: Root, member: Member) -> None:
 
 
 def failure_of(error: BaseException | None) -> str:
-    """What the other ranks are told about an exception; "" where it is no failure."""
+    """Return what the other ranks are told about an exception; "" where it is no failure."""
     if error is None or isinstance(error, GeneratorExit):
         return ""
     if isinstance(error, SystemExit):
@@ -88,7 +88,7 @@ def failure_of(error: BaseException | None) -> str:
 
 
 def leave_root(root: Root, error: BaseException | None) -> None:
-    """End the training as the root, wait for the workers, and see to those that never come."""
+    """End the training as the root, wait for the workers, and report those that never come, to be killed at exit."""
     failure = failure_of(error)
     if failure and not isinstance(error, PeerFailed):
         failure = f"the root, {root.roster.me}, failed: {failure}"
@@ -110,7 +110,7 @@ def leave_root(root: Root, error: BaseException | None) -> None:
 
 
 def leave_worker(worker: Worker, error: BaseException | None) -> bool:
-    """End this worker's part; whether it has the final parameters."""
+    """End this worker's part, and say whether it has the final parameters."""
     has_final = False
     try:
         if error is None:

@@ -1,4 +1,4 @@
-"""What is said when a step does not close: whom it waits for, and what they seem to do."""
+"""Reports of a step that does not close: whom it waits for, and what they seem to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DOING = {
 
 
 class StallReport:
-    """Reports a step that stays open for `after_s`, then each time it has waited twice as long."""
+    """The reports of a step that stays open: after `after_s`, then each time it has waited twice as long."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class StallReport:
         self._next_s = after_s
 
     def look(self, now_s: float, step: OpenStep, members: Sequence[Member], target: int) -> None:
-        """Report if it is time to."""
+        """Report the step if a report is due."""
         waited_s = now_s - step.opened_s
         if waited_s < self._next_s:
             self._next_s = self._after_s if waited_s < self._after_s else self._next_s

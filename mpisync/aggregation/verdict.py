@@ -1,4 +1,4 @@
-"""What a worker learns about each of its gradients."""
+"""The verdict on a gradient, as its worker learns it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gradient as the root knows it, and what it was computed from."""
+"""A gradient as the root knows it, and the samples that it was computed from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpisync.transport.wire import GradientInfo
 
 @dataclass(frozen=True)
 class Part:
-    """Samples of one computation."""
+    """The samples of one computation."""
 
     sequence: int
     samples: int
@@ -22,25 +22,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """What a gradient was computed from."""
+    """The computations that a gradient is made of."""
 
     parts: Sequence[Part]  # its own last; before it those of the late gradients that are added in
     batches: Sequence[BatchId] = ()  # where they came from a pool
 
     @property
     def own(self) -> Part:
-        """Its own computation."""
+        """The gradient's own computation."""
         return self.parts[-1]
 
     @property
     def carried(self) -> list[int]:
-        """Sequences of the late gradients that are added in."""
+        """The sequences of the late gradients that are added in."""
         return [part.sequence for part in self.parts[:-1]]
 
 
 @dataclass
 class Gradient:
-    """A gradient that was announced, until its verdict and through its step."""
+    """An announced gradient, until its verdict and through its step."""
 
     arrival: Arrival
     info: GradientInfo
@@ -49,5 +49,5 @@ class Gradient:
 
     @property
     def worker(self) -> int:
-        """Who computed it."""
+        """The worker who computed it."""
         return self.arrival.worker

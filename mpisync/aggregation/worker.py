@@ -23,7 +23,7 @@ _LOOK_AFTER_S = 0.25
 
 
 class Worker:
-    """Computes gradients: `pull` the parameters, fill `link.gradient`, `push`; again.
+    """A worker of a run: `pull` the parameters, fill `link.gradient`, `push`; again.
 
     Args:
         peers: The processes of all ranks; the last is the root's.
@@ -57,7 +57,7 @@ class Worker:
     # -- the loop ----------------------------------------------------------------------------------
 
     def pull(self) -> int | None:
-        """Wait for the parameters to compute on; their version, or None when training has ended.
+        """Wait for the parameters to compute on, and return their version; None when training has ended.
 
         Raises:
             PeerFailed: Another rank failed.
@@ -81,7 +81,7 @@ class Worker:
         self._wait(lambda: self._read(target), "the parameters")
 
     def copy_newest(self, target: np.ndarray) -> int:
-        """Copy the newest parameters like `read`, and go on computing on what there was before; their version."""
+        """Copy the newest parameters like `read`, keep `version` as it is, and return theirs."""
         version = self.version
         self.read(target)
         newest, self.version = self.version, version
@@ -93,7 +93,7 @@ class Worker:
         return version >= 0 or None
 
     def push(self, info: GradientInfo) -> Verdict:
-        """Send the gradient in `link.gradient` and wait for its verdict; `again` then says what its batches do.
+        """Send the gradient in `link.gradient` and wait for its verdict; `again` then tells if its batches come again.
 
         Args:
             info: What is to be known of it; how long it was computed is filled in here.
@@ -125,11 +125,11 @@ class Worker:
         return None if reply.batch < 0 else BatchId(reply.epoch, reply.batch)
 
     def pass_over(self, *, samples: int, batches: int) -> None:
-        """Tell that batches left no gradient; `again` then says whether they are to be had once more."""
+        """Tell the root that batches left no gradient; `again` then tells whether they come once more."""
         self.again = bool(self._ask(Kind.PASS, GradientInfo(samples=samples, batches=batches)).again)
 
     def is_stale(self) -> bool:
-        """Whether the version being computed on is superseded already."""
+        """Say whether the version being computed on is superseded already."""
         return self.link.is_behind(self.version) or self.link.end() is not None
 
     def stop(self) -> None:
@@ -202,7 +202,7 @@ class Worker:
         return self._wait(lambda: self.link.reply(ordinal), "the root's reply")
 
     def _ended(self) -> End | None:
-        """Notice the end; a failure is raised at once, an end once the final parameters can be had."""
+        """Return the training's end, once the root has told it; raise PeerFailed at once where it is a failure."""
         end = self.link.end()
         if end is not None:
             self.ended = end

@@ -1,1 +1,1 @@
-"""What a worker computes on: batches, the samplers that share them out, and their seeds."""
+"""The data that a worker computes on: batches, the samplers that share them out, and their seeds."""

@@ -1,4 +1,4 @@
-"""How many samples a batch holds."""
+"""The number of samples in a batch."""
 
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any

@@ -1,4 +1,4 @@
-"""Batches for ever: each worker's own share of the data, each batch under its own seed."""
+"""A worker's endless stream of batches: its own share of the data, each batch under its own seed."""
 
 import itertools
 import time
@@ -12,11 +12,11 @@ from mpisync.data.samplers import PoolSampler, ShardSampler, draws_by_default, s
 from mpisync.data.seeds import Stream, seed_everything
 
 ClaimBatch = Callable[[int], tuple[int, int] | None]
-"""PoolSampler the next batch of a pool that has so many an epoch: its epoch and number; None when it is empty."""
+"""Claims the next batch of a pool that has so many an epoch: its epoch and number; None when it is empty."""
 
 
 class Source(Protocol):
-    """Where a worker's batches come from, an epoch at a time."""
+    """The source of a worker's batches, an epoch at a time."""
 
     length: int | None
     """Batches in every epoch, where any of them can be reached at no cost; None elsewhere."""
@@ -94,7 +94,7 @@ class ClaimedList:
 
 
 class OwnIterable:
-    """Anything else that can be iterated, taken as it is: its maker knows which data are whose.
+    """Any other iterable, taken as it is: its maker knows which data are whose.
 
     Its random numbers follow from (seed, worker, sequence) as long as it draws them from the
     global generators, or seeds its own when it is iterated.
@@ -155,7 +155,7 @@ def shard(loader: Iterable[Any], worker: int, workers: int, seed: int) -> Source
 
 
 def batches_an_epoch(loader: Iterable[Any]) -> int:
-    """How many batches a pool has in each epoch of `loader`.
+    """Return how many batches a pool has in each epoch of `loader`.
 
     Raises:
         ValueError: It has none, or decides itself what each worker draws.
@@ -185,7 +185,7 @@ def pooled(loader: Iterable[Any], worker: int, seed: int, claim: ClaimBatch) -> 
 
 
 class Batches:
-    """Iterates over a worker's share for ever, or over what it claims: yields (batch, sequence).
+    """An endless iterator over a worker's share, or one over the batches that it claims: yields (batch, sequence).
 
     Before each batch is handed out the global generators of torch, NumPy and random are seeded
     from (seed, worker, sequence), so that the same three give the same computation again.
@@ -243,7 +243,7 @@ class Batches:
         return batch, sequence
 
     def close(self) -> None:
-        """Let the loader go, and with it the processes it has started."""
+        """Let the loader go, and with it the processes that it has started."""
         self._drawn.close()
 
 
@@ -267,7 +267,7 @@ def _draw(source: Source, start: int, skip: int) -> Generator[tuple[Any, int], N
 
 
 def _draw_claimed(source: Source, start: int) -> Generator[tuple[Any, int], None, None]:
-    """Yield what can be claimed, each batch with its sequence, from `start`."""
+    """Yield each batch that can be claimed, with its sequence, from `start`."""
     sequence, before = start, -1
     # A loader that fetches ahead finds nothing left while it still has batches in hand, and those may come back late:
     # only who has none in hand and finds nothing is through.

@@ -1,4 +1,4 @@
-"""A late gradient's batches, once more, where the root says so."""
+"""The batches of a late gradient, handed out once more where the root says so."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RetriedBatches:
         return handed.batch, handed.sequence
 
     def judged(self, *, again: bool) -> None:
-        """Take note of what the root said of the batches handed out since the last time."""
+        """Take note of what the root said of the batches handed out since the last call."""
         if again:
             self._next = [*self._handed, *self._next]
         self._handed = []

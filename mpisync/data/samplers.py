@@ -1,4 +1,4 @@
-"""Which samples of a data set are a worker's: its own share of every epoch's permutation, or what it claims of it."""
+"""A worker's samples of a data set: its own share of every epoch's permutation, or the batches that it claims."""
 
 import copy
 import functools
@@ -20,7 +20,7 @@ from mpisync.data.seeds import Stream, derive, seed_everything
 
 
 class Request(NamedTuple):
-    """What our sampler yields: the indices of one batch, and which computation it is for."""
+    """The yield of our sampler: the indices of one batch, and which computation it is for."""
 
     sequence: int
     indices: Any  # a list of them, or a single one where the loader does not batch
@@ -68,7 +68,7 @@ class ShardSampler:
         self.begin(0, 0, 0)
 
     def begin(self, epoch: int, sequence: int, skip: int) -> None:
-        """Set the epoch, the sequence of its first batch, and how many of them to leave out."""
+        """Set the epoch, the sequence of its first batch, and how many batches to leave out."""
         self.epoch, self.sequence, self.skip = epoch, sequence, skip
         self.generator.manual_seed(derive(self.seed, self.worker, epoch, Stream.LOADER))
 

@@ -10,7 +10,7 @@ import torch
 
 
 class Stream(enum.IntEnum):
-    """What the numbers are for; streams of the same computation are independent."""
+    """The purpose of random numbers; streams of the same computation are independent."""
 
     ORDER = 0  # the permutation of an epoch, the same on all workers
     LOADER = 1  # what a loader draws by itself when an epoch begins

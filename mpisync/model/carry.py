@@ -10,7 +10,7 @@ from mpisync.model.tensor_layout import Views
 
 
 class CarriedGradient:
-    """What a worker carries: the sum of its late gradients since one was accepted.
+    """The sum of a worker's late gradients since one was accepted.
 
     A gradient that was late is added to the next one as a whole, so that each counts as much as if it had been in time;
     where gradients are weighted by their samples, the two make the mean over the samples of both.
@@ -30,7 +30,7 @@ class CarriedGradient:
         self._samples = self._oldest = 0
 
     def add_in(self, version: int, samples: int) -> tuple[int, float] | None:
-        """Add what is carried to the gradient that is about to be sent, if it is not too old.
+        """Add the carried sum to the gradient that is about to be sent, if it is not too old.
 
         Returns:
             The samples of both, and the largest magnitude in the sum; None where nothing was added.

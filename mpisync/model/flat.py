@@ -21,14 +21,14 @@ from mpisync.model.tensor_layout import Views, lay_out, refuse_overlaps, tensor_
 
 
 class Packed(NamedTuple):
-    """What a worker says of the gradient that it has packed."""
+    """The properties of a packed gradient, which its worker tells the root."""
 
     presence: bytes  # one byte per travelling parameter: 1 where it had a gradient
     peak: float  # the largest magnitude; inf where an element is not finite
 
 
 class FlatModel:
-    """The flat face of a model.
+    """A model as flat memory.
 
     Attributes:
         names: The parameters that travel, in a fixed order.
@@ -88,7 +88,7 @@ class FlatModel:
     # --- parameters ---------------------------------------------------------------------------
 
     def bind(self, views: Views) -> None:
-        """Make every travelling parameter a view of shared memory; its values are the memory's."""
+        """Make every travelling parameter a view of shared memory, whose values it takes."""
         for parameter, view in zip(self.parameters, views.tensors, strict=True):
             parameter.data = view
         self._bound = True

@@ -1,4 +1,4 @@
-"""Gradients into a slot, and whether they are finite, in as few passes over memory as it takes."""
+"""The copying of gradients into a slot, with the check that they are finite, in as few passes as it takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE_BYTES = 1 << 20
 
 
 class GradientCopier:
-    """Copies gradients to their places."""
+    """A copier of gradients to their places."""
 
     def __init__(self, segments: Sequence[tuple[str, int]], places: Sequence[TensorLayout]) -> None:
         self._places = places
@@ -41,7 +41,7 @@ class GradientCopier:
             self._spans.append((segment, start, count))
 
     def copy(self, gradients: Sequence[Tensor | None], slot: Views, kernel: PackKernel) -> float:
-        """Copy the gradients, zero where there is none; the largest magnitude, inf if any is not finite."""
+        """Copy the gradients, zero where there is none; return the largest magnitude, inf if any is not finite."""
         peak = 0.0
         sources, targets, absent = [], [], []
         for index, (gradient, target) in enumerate(zip(gradients, slot.tensors, strict=True)):

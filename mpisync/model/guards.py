@@ -1,4 +1,4 @@
-"""Traps for what an ordinary training loop brings and a worker must not do."""
+"""Traps for what an ordinary training loop does and a worker must not do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class StepTrap:
-    """Makes optimizer.step() and scheduler.step() raise until it is undone."""
+    """A trap that makes optimizer.step() and scheduler.step() raise until it is undone."""
 
     def __init__(self, optimizer: Optimizer, scheduler: Any | None) -> None:  # noqa: ANN401
         self._optimizer = optimizer
@@ -27,7 +27,7 @@ class StepTrap:
         self._set = True
 
     def undo(self) -> None:
-        """Put everything back as it was; once is enough, twice does no harm."""
+        """Put both step() back as they were; a second call does no harm."""
         if not self._set:
             return
         self._set = False
@@ -68,7 +68,7 @@ def _scheduler_step(*_: object, **__: object) -> NoReturn:
 
 
 class GroupWatch:
-    """Notices that a worker changed the optimizer's param_groups, where it has no effect."""
+    """A watch for changes of the optimizer's param_groups by a worker, where they have no effect."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -124,7 +124,7 @@ def _same(one: Any, other: Any) -> bool:  # noqa: ANN401
 
 
 class WriteWatch:
-    """Notices that user code wrote to parameters that all workers of a node share.
+    """A watch for user code that writes to parameters that all workers of a node share.
 
     It sees in-place operations on the parameter and replaced memory. It cannot see writes through
     `parameter.data` or `.numpy()`: only a read-only mapping can, which MPISYNC_READ_ONLY asks for.

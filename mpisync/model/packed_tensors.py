@@ -86,7 +86,7 @@ class PackedTensors:
 
     @torch.no_grad()
     def pack(self, views: list[Tensor]) -> None:
-        """Copy what the module has now into the bytes that `views` shows."""
+        """Copy the module's present tensors into the bytes that `views` shows."""
         if views:
             torch._foreach_copy_(views, [item.current() for item in self._items])
 

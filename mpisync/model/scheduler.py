@@ -1,4 +1,4 @@
-"""The learning-rate scheduler: the version drives it, on the root and, for whoever looks, on the workers."""
+"""The learning-rate scheduler, stepped once a version: on the root, and on the workers for scripts that read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Schedule:
-    """Steps a scheduler once a version; make it before steps are forbidden, which it may do all the same.
+    """A scheduler that is stepped once a version; make it before steps are forbidden, which it may do all the same.
 
     Args:
         scheduler: The user's; None if there is none.
@@ -48,7 +48,7 @@ class Schedule:
             )
 
     def lags(self, version: int) -> bool:
-        """Whether `follow` has something to do."""
+        """Say whether `follow` has something to do."""
         # A scheduler that goes by the loss, or is none of torch's, may do more than set rates: the root's alone does.
         return version > self._version and isinstance(self._scheduler, LRScheduler) and not self._wants_loss
 
@@ -71,7 +71,7 @@ class Schedule:
 
 
 def check_scheduler(scheduler: Any | None, optimizer: Optimizer) -> None:  # noqa: ANN401
-    """Raise TypeError or ValueError for what cannot be stepped once a version."""
+    """Raise TypeError or ValueError for a scheduler that cannot be stepped once a version."""
     if scheduler is None:
         return
     name = type(scheduler).__name__
@@ -88,7 +88,7 @@ def check_scheduler(scheduler: Any | None, optimizer: Optimizer) -> None:  # noq
 
 
 def _needed(scheduler: Any) -> list[str]:  # noqa: ANN401
-    """The arguments without which its step() cannot be called."""
+    """Return the arguments without which the scheduler's step() cannot be called."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     arguments = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
     return [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind not in kinds]

@@ -1,4 +1,4 @@
-"""What must match between ranks: the model's structure, in a canonical form, and a comparison."""
+"""The signature of a model's structure, which must match between ranks: a canonical form, and a comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each parameter lies in flat memory.
+"""The place of each parameter in flat memory.
 
 One segment per dtype; each tensor begins on a 64-byte boundary and keeps its own memory format.
 """
@@ -22,7 +22,7 @@ from mpisync.transport.layout import ALIGNMENT
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where one parameter lies."""
+    """The place of one parameter."""
 
     name: str
     segment: int
@@ -43,7 +43,7 @@ class Views:
 def lay_out(
     trained: Sequence[tuple[str, Tensor]],
 ) -> tuple[tuple[tuple[str, int], ...], tuple[TensorLayout, ...]]:
-    """TensorLayout tensors in one segment per dtype; the places come in the order of `trained`."""
+    """Place tensors in one segment per dtype; the places come in the order of `trained`."""
     names = [str(tensor.dtype).removeprefix("torch.") for _, tensor in trained]
     for name, (parameter, _) in zip(names, trained, strict=True):
         if name not in DTYPES:

@@ -1,4 +1,4 @@
-"""What happens to the parameters once their gradients are there: torch's own optimizer and what surrounds it."""
+"""The update of the parameters from their gradients: torch's own optimizer and what surrounds it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNSUPPORTED_BY_FUSED = ("momentum", "weight_decay", "nesterov", "maximize", "di
 
 
 class Update:
-    """Clips, steps the optimizer, and keeps the average of the parameters.
+    """The updates of the parameters: clipping, the optimizer's steps, and the moving average.
 
     Args:
         parameters: What is trained.
@@ -48,7 +48,7 @@ class Update:
         self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
 
     def spans(self, places: Sequence[TensorLayout]) -> list[SgdSpan]:
-        """Where the next update is theta - rate * mean and nothing else: the parameters and their rates; else none.
+        """Return the spans and rates of the next update, where it is theta - rate * mean and nothing else; else none.
 
         That is `torch.optim.SGD` as it comes, with no hook that might want to see its gradients.
         """
@@ -96,7 +96,7 @@ class Update:
 
 
 def _is_plain(optimizer: Optimizer) -> bool:
-    """Whether a step of this optimizer is torch's own SGD's and nothing more."""
+    """Say whether a step of this optimizer is torch's own SGD's and nothing more."""
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper there
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
@@ -105,7 +105,7 @@ def _is_plain(optimizer: Optimizer) -> bool:
 
 @cache
 def _matches_torch_rounding() -> bool:
-    """Whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
+    """Say whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
     mean, before = torch.rand(1037, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 1037)
     after = before.numpy().copy()
     Reducer().fused_sgd_step(after, [mean.numpy()], DTYPES["float32"], rate=0.3)

@@ -1,4 +1,4 @@
-"""What a session refuses, by name and with what to do instead, before anything is allocated."""
+"""The refusals of a session: what it cannot train, by name and with what to do instead, before it allocates memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRAPPERS = {
 
 
 def check_model_and_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise TypeError or ValueError for what cannot be trained by a session."""
+    """Raise TypeError or ValueError for a model or an optimizer that a session cannot train."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_modules(model)

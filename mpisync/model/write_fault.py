@@ -1,4 +1,4 @@
-"""Whoever writes to read-only parameters is told so: what a process says before a segmentation fault ends it.
+"""SIGSEGV handler that names the line writing to read-only parameters, before the fault ends the process.
 
 Python cannot handle the signal: its handlers run after the faulting instruction, which would fault for ever. So the
 handler is machine code that calls nothing but write() and sigaction(), as is safe there; then the fault comes again,
@@ -23,7 +23,7 @@ _ADDRESS = 2  # which word of siginfo_t holds the address, on 64-bit Linux
 
 
 class FaultNotice:
-    """Says `text` before a segmentation fault in `memory` ends the process; the line is shown too.
+    """A SIGSEGV handler that says `text` before a fault in `memory` ends the process; the line is shown too.
 
     Args:
         memory: It is mapped read-only.
@@ -44,7 +44,7 @@ class FaultNotice:
         ctypes.CDLL(None).sigaction(int(signal.SIGSEGV), action, self._before)
 
     def undo(self) -> None:
-        """Put the handler back that was there."""
+        """Put back the handler that was there before."""
         ctypes.CDLL(None).sigaction(int(signal.SIGSEGV), self._before, None)
 
 

@@ -84,7 +84,7 @@ class Adaptive(FirstN):
     _recent: tuple[StepRecord, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense with any number of workers."""
+        """Refuse values that make no sense with any number of workers."""
         for name in ("at_least", "at_most"):
             value = getattr(self, name)
             if value is not None:
@@ -118,7 +118,7 @@ class Adaptive(FirstN):
         return min(least, most), most
 
     def target(self, step: OpenStep) -> int:
-        """N_t, or as many as can still be had."""
+        """Return N_t, or as many as can still be had."""
         return min(self._chosen(step.workers), step.reachable)
 
     def _chosen(self, workers: int) -> int:
@@ -129,12 +129,12 @@ class Adaptive(FirstN):
 
     @property
     def wants_norms(self) -> bool:
-        """Whether it must measure the noise."""
+        """Whether the policy must measure the noise."""
         return self.noise_scale is None
 
     @property
     def why(self) -> str | None:
-        """What was decided for the open step, and for what; None where a decision goes on."""
+        """The decision for the open step, with its reason; None where the last one goes on."""
         return self._why
 
     def after(self, record: StepRecord) -> Adaptive:
@@ -160,7 +160,7 @@ class Adaptive(FirstN):
         return max(min(self._chosen(self._workers), self._recent[-1].alive), 1)
 
     def _candidates(self) -> list[int]:
-        """The values of N to be weighed: all, or closer to the greatest where they are many."""
+        """Return the values of N to be weighed: all, or closer to the greatest where they are many."""
         least, most = self._bounds(self._workers)
         most = max(min(most, self._recent[-1].alive), 1)
         least = min(least, most)

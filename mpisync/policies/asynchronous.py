@@ -43,7 +43,7 @@ class Async(Policy):
     max_staleness: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense with any number of workers."""
+        """Refuse values that make no sense with any number of workers."""
         k = whole_number("k", self.k, 1, "use 1 to update at every gradient")
         object.__setattr__(self, "k", k)
         if self.max_staleness is not None:
@@ -68,13 +68,13 @@ class Async(Policy):
             )
 
     def target(self, step: OpenStep) -> int:
-        """The k of them, or what is in when nobody is left."""
+        """Return k, or the number that is in when nobody is left."""
         if not step.alive:  # one worker may have given several
             return min(self.k, len(step.accepted))
         return min(self.k, step.reachable) if self.max_staleness == 0 else step.limited(self.k)
 
     def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
-        """Accept what is no older than the cut-off, until there are k."""
+        """Accept gradients no older than the cut-off, until there are k."""
         lag = step.step - arrival.version
         if self.max_staleness is not None and lag > self.max_staleness:
             return Decision.LATE

@@ -10,7 +10,7 @@ __all__ = ["BackupWorkers"]
 
 
 class FirstN(Policy):
-    """A step takes the first N gradients computed at its version, one of each worker.
+    """The rule that a step takes the first N gradients computed at its version, one of each worker.
 
     Those who follow say by `target` how many that is.
 
@@ -21,7 +21,7 @@ class FirstN(Policy):
 
     @property
     def staleness(self) -> int:
-        """0: what was computed at older parameters never counts."""
+        """Always 0: gradients of older parameters never count."""
         return 0
 
     def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
@@ -41,7 +41,7 @@ class FirstN(Policy):
         return 0 < len(step.accepted) >= self.target(step)
 
     def lacks(self, step: OpenStep) -> int:
-        """N less what is in."""
+        """Return N less the number that is in."""
         return max(1, self.target(step) - len(step.accepted))
 
 
@@ -73,7 +73,7 @@ class BackupWorkers(FirstN):
     backup: int
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense with any number of workers."""
+        """Refuse values that make no sense with any number of workers."""
         backup = whole_number("backup", self.backup, 0, "use 0 to wait for every worker")
         object.__setattr__(self, "backup", backup)
 
@@ -87,7 +87,7 @@ class BackupWorkers(FirstN):
             )
 
     def target(self, step: OpenStep) -> int:
-        """N: workers − backup, or as many as can still be had."""
+        """Return N: workers − backup, or as many as can still be had."""
         return min(step.workers - self.backup, step.reachable)
 
     def __str__(self) -> str:

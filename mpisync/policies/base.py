@@ -1,4 +1,4 @@
-"""What a policy is: the rules by which a step accepts gradients and closes.
+"""Policies: the rules by which a step accepts gradients and closes.
 
 A policy is a pure function of what it is shown: no clock, no MPI, no arrays. `mpisync.policies.player`
 plays it, for the root of a run, a simulated one and a process alone, by five rules:
@@ -31,7 +31,7 @@ __all__ = ["Arrival", "Decision", "OpenStep", "Policy"]
 
 
 class Decision(enum.Enum):
-    """What becomes of a gradient that has arrived, as things stand.
+    """The fate of a gradient that has arrived, as things stand.
 
     Example:
         >>> Decision.LATE.name
@@ -39,11 +39,11 @@ class Decision(enum.Enum):
     """
 
     ACCEPT = "accept"
-    """It counts in the open step."""
+    """The gradient counts in the open step."""
     HOLD = "hold"
-    """It cannot count in the open step now: keep it and judge it again."""
+    """The gradient cannot count in the open step now: keep it and judge it again."""
     LATE = "late"
-    """No step can use it any more."""
+    """No step can use the gradient any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +104,18 @@ class OpenStep:
 
     @property
     def reachable(self) -> int:
-        """How many workers' gradients this step can have: those alive, and the dead that are in."""
+        """The number of workers whose gradients this step can have: those alive, and the dead that are in."""
         if len(self.alive) == self.workers:
             return self.limited(self.workers)
         return self.limited(len({arrival.worker for arrival in self.accepted}.union(self.alive)))
 
     def limited(self, gradients: int) -> int:
-        """So many gradients, or as many as there are samples for."""
+        """Return `gradients`, or as many as there are samples for."""
         return gradients if self.remaining is None else min(gradients, len(self.accepted) + self.remaining)
 
 
 class Policy(abc.ABC):
-    """When a step closes, and which gradients count in it.
+    """The rules of a step: when it closes, and which gradients count in it.
 
     Policies are immutable and print as their command-line form (see `parse_policy`).
 
@@ -134,7 +134,7 @@ class Policy(abc.ABC):
     @property
     @abc.abstractmethod
     def staleness(self) -> int | None:
-        """How many versions an accepted gradient may lag; None for any number.
+        """The number of versions that an accepted gradient may lag; None for any number.
 
         At 0 a worker gives one gradient a step at most: once accepted it resumes at the next.
         """
@@ -154,7 +154,7 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def target(self, step: OpenStep) -> int:
-        """How many gradients the step wants, as things stand: N."""
+        """Return N: how many gradients the step wants, as things stand."""
 
     @abc.abstractmethod
     def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
@@ -165,18 +165,18 @@ class Policy(abc.ABC):
         """Say whether the step closes now."""
 
     def lacks(self, step: OpenStep) -> int:
-        """At least how many more gradients the step needs to close; 1 where time may close it.
+        """Return at least how many more gradients the step needs to close; 1 where time may close it.
 
         Whoever owns the step may let so many arrive before it looks at them.
         """
         return 1
 
     def wakes_at(self, step: OpenStep) -> float:
-        """When to ask `closes` again though nothing arrives; infinity if time plays no part."""
+        """Return when to ask `closes` again though nothing arrives; infinity if time plays no part."""
         return math.inf
 
     def resumes_at(self, worker: int, sequence: int, newest: int) -> int:
-        """The version at which a worker begins computation `sequence`.
+        """Return the version at which a worker begins computation `sequence`.
 
         Args:
             worker: Whose computation it is.
@@ -188,12 +188,12 @@ class Policy(abc.ABC):
 
     @property
     def wants_norms(self) -> bool:
-        """Whether it reads `StepRecord.norms`, which cost the root a little."""
+        """Whether the policy reads `StepRecord.norms`, which cost the root a little."""
         return False
 
     @property
     def why(self) -> str | None:
-        """Why the step is played as it is, for its record; None where nothing was decided."""
+        """The reason why the step is played as it is, for its record; None where nothing was decided."""
         return None
 
     def after(self, record: StepRecord) -> Policy:
@@ -201,7 +201,7 @@ class Policy(abc.ABC):
         return self
 
     def state(self) -> dict[str, Any]:
-        """Return what it has learnt of the run, in plain values; nothing where each step is a new one to it."""
+        """Return what the policy has learnt of the run, in plain values; nothing where each step is a new one to it."""
         return {}
 
     def load(self, state: Mapping[str, Any], shift_s: float = 0.0) -> Policy:

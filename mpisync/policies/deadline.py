@@ -67,7 +67,7 @@ class Deadline(Policy):
     _recent: tuple[StepRecord, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense with any number of workers."""
+        """Refuse values that make no sense with any number of workers."""
         if not 0 < self.seconds < math.inf:  # false for NaN too
             raise ValueError(
                 f"seconds must be finite and greater than 0, not {self.seconds!r}: "
@@ -92,7 +92,7 @@ class Deadline(Policy):
 
     @property
     def staleness(self) -> int:
-        """0: what was computed at older parameters never counts."""
+        """Always 0: gradients of older parameters never count."""
         return 0
 
     def check(self, workers: int) -> None:
@@ -105,11 +105,11 @@ class Deadline(Policy):
             )
 
     def target(self, step: OpenStep) -> int:
-        """As many as can be had: any of them may be in time."""
+        """Return as many as can be had: any of them may be in time."""
         return step.reachable
 
     def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
-        """Accept what is of this version and in time, one of each worker.
+        """Accept gradients of this version that are in time, one of each worker.
 
         What comes after the closing time is not accepted even if the root has not yet looked at its
         clock, so that what counts does not depend on how often it looks.
@@ -129,7 +129,7 @@ class Deadline(Policy):
         return now_s >= self.wakes_at(step) or 0 < len(step.accepted) >= step.reachable
 
     def wakes_at(self, step: OpenStep) -> float:
-        """When the step's time is up; infinity while it lacks gradients that it needs."""
+        """Return when the step's time is up; infinity while it lacks gradients that it needs."""
         if len(step.accepted) < self.at_least:
             return math.inf  # if deaths made these too many, it closes when nobody is missing
         enough_s = step.accepted[self.at_least - 1].at_s
@@ -138,7 +138,7 @@ class Deadline(Policy):
 
     @property
     def why(self) -> str | None:
-        """Where a new limit comes from; None where it goes on."""
+        """The origin of a new limit; None where the last one goes on."""
         return self._why
 
     def after(self, record: StepRecord) -> Deadline:

@@ -1,4 +1,4 @@
-"""Plays a policy by the rules of `mpisync.policies.base`: one player for every root there is.
+"""The player of a policy, by the rules of `mpisync.policies.base`: one for every root there is.
 
 The root of a run, a simulated one and a process that trains alone differ in where gradients are and what a verdict sets
 off. They keep the gradients (`Keeper`); the player keeps the open step, judges, and says when it closes.
@@ -33,7 +33,7 @@ LATE = Refusal("late")
 
 
 class Keeper(Protocol):
-    """Whoever keeps the gradients that a player judges; it is told each verdict once."""
+    """The keeper of the gradients that a player judges; it is told each verdict once."""
 
     def objection(self, arrival: Arrival) -> Refusal | None:
         """Say why a gradient that is in time cannot count all the same; None where it can."""
@@ -46,7 +46,7 @@ class Keeper(Protocol):
 
 
 class Payloads(Protocol):
-    """Where gradients are between their announcement and the sum."""
+    """The places of gradients between their announcement and the sum."""
 
     def is_whole(self, worker: int) -> bool:
         """Say whether every byte of a worker's gradient is where it will be folded."""
@@ -55,11 +55,11 @@ class Payloads(Protocol):
         """Fetch a worker's gradient, which could count, and tell `Player.whole` once it is whole."""
 
     def drop(self, worker: int) -> None:
-        """Fetch it no more."""
+        """Stop fetching a worker's gradient."""
 
 
 class Player:
-    """Judges gradients at the open step, and keeps what is recorded of it.
+    """The judge of gradients at the open step, who keeps what is recorded of it.
 
     Args:
         policy: When a step closes and what counts.
@@ -123,7 +123,7 @@ class Player:
     # -- judging -----------------------------------------------------------------------------------
 
     def hear(self, arrival: Arrival) -> None:
-        """Take note of a gradient that was announced; `judge` is to follow."""
+        """Take note of an announced gradient; `judge` is to follow."""
         self._pending[arrival.worker] = arrival
 
     def whole(self, worker: int, at_s: float) -> Arrival:
@@ -134,13 +134,13 @@ class Player:
         return arrival
 
     def judge(self, worker: int) -> None:
-        """Decide about a worker's gradient, as things stand, and then about what is held, until nothing changes."""
+        """Decide about a worker's gradient, as things stand, and then about held ones, until nothing changes."""
         accepted = self._decide(worker)
         while accepted and not self.is_closing:
             accepted = any(held in self.step.held and self._decide(held.worker) for held in list(self.step.held))
 
     def _decide(self, worker: int) -> bool:
-        """Decide about one gradient, lateness before anything else; whether it was accepted."""
+        """Decide about one gradient, lateness before anything else, and say whether it was accepted."""
         arrival, step = self._pending[worker], self.step
         decision = self.policy.judge(arrival, step)
         if decision is Decision.LATE:
@@ -187,7 +187,7 @@ class Player:
 
     @property
     def lacking(self) -> int:
-        """How many gradients the step wants that are not in."""
+        """The number of gradients that the step wants and that are not in."""
         return self.policy.target(self.step) - len(self.step.accepted)
 
     # -- records and steps -------------------------------------------------------------------------
@@ -233,14 +233,14 @@ class Player:
         return record
 
     def open(self, alive: Set[int], remaining: int | None = None) -> None:
-        """Open the step of the next version: what is held waits for `judge_again`."""
+        """Open the step of the next version; held gradients wait for `judge_again`."""
         old = self.step
         self._begin(
             OpenStep(old.step + 1, self._clock(), old.workers, alive, held=old.held, remaining=remaining)
         )
 
     def judge_again(self) -> None:
-        """Judge what was heard before the step opened and has no verdict, first come first."""
+        """Judge the gradients heard before the step opened that have no verdict, first come first."""
         if not self._pending:
             return
         waiting = list(self._pending.values())

@@ -1,4 +1,4 @@
-"""What a record says, again: the same gradients, in the same order."""
+"""The replay of a record: the same gradients, in the same order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Gradient = tuple[int, int]  # (worker, sequence)
 
 
 class Turn(NamedTuple):
-    """Where a gradient counts: in which step, as which of its gradients."""
+    """The turn of a gradient: in which step it counts, as which of its gradients."""
 
     step: int
     place: int
@@ -88,7 +88,7 @@ class Replay(Policy):
         return self._script.end
 
     def lots(self, workers: int) -> list[list[list[tuple[int, int]]]]:
-        """(epoch, number) of the batches of each gradient, by worker and in order, where they came from a pool."""
+        """Return (epoch, number) of the batches of each gradient, by worker and in order, if they came from a pool."""
         own: list[list[list[tuple[int, int]]]] = [[] for _ in range(workers)]
         for (worker, _), lots in sorted(self._script.lots.items()):
             own[worker].append(lots)
@@ -104,7 +104,7 @@ class Replay(Policy):
             )
 
     def target(self, step: OpenStep) -> int:
-        """How many gradients the recorded step accepted."""
+        """Return how many gradients the recorded step accepted."""
         return len(self._script.step(step.step))
 
     def judge(self, arrival: Arrival, step: OpenStep) -> Decision:
@@ -141,7 +141,7 @@ class Replay(Policy):
         return not owed or owed <= {(arrival.worker, arrival.sequence) for arrival in step.held}
 
     def resumes_at(self, worker: int, sequence: int, newest: int) -> int:
-        """The recorded version; never an old one for a gradient that can count nowhere."""
+        """Return the recorded version; never an old one for a gradient that can count nowhere."""
         recorded = self._script.versions.get((worker, sequence), newest)
         if (worker, sequence) in self._script.turns or self._script.carries:
             return recorded
@@ -195,7 +195,7 @@ class _Script:
         return max(int(twice), max(lags, default=0))
 
     def step(self, number: int) -> list[tuple[int, int, int]]:
-        """What the recorded step accepted."""
+        """Return the gradients that the recorded step accepted."""
         if not self.first <= number < self.end:
             raise ValueError(
                 f"the record holds steps {self.first} to {self.end - 1}, but step {number} was "
@@ -213,7 +213,7 @@ class _Script:
 
 
 def _versions(steps: Iterable[StepRecord]) -> dict[Gradient, int]:
-    """The version at which each gradient of the record was computed, whatever its verdict."""
+    """Return the version at which each gradient of the record was computed, whatever its verdict."""
     versions: dict[Gradient, int] = {}
     for step in steps:
         for worker, sequence, version in step.accepted:
@@ -224,7 +224,7 @@ def _versions(steps: Iterable[StepRecord]) -> dict[Gradient, int]:
 
 
 def _check_order(versions: dict[Gradient, int], turns: dict[Gradient, Turn]) -> None:
-    """Refuse what no run can do, since a replay of it would wait for ever.
+    """Refuse a record that no run could make, since a replay of it would wait for ever.
 
     A worker computes one gradient at a time, each at a version no older than the one before, and
     after that had its verdict.

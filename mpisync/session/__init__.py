@@ -1,1 +1,1 @@
-"""The faces: a torch training loop (`Session`) and arrays (`PartialReduce`)."""
+"""The two faces of a run: a torch training loop (`Session`) and arrays (`PartialReduce`)."""

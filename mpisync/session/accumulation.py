@@ -1,4 +1,4 @@
-"""What a worker has drawn since its last step: the batches of one gradient, one or several."""
+"""The batches that a worker has drawn since its last step, one or several: those of one gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MANY_BATCHES = 100  # without a step: it seems to be forgotten
 
 
 class AccumulatedBatches(NamedTuple):
-    """What a gradient was computed from."""
+    """The batches that a gradient was computed from, in sum."""
 
     samples: int  # that it is the mean of, as the loop says where it says so
     drawn: int  # samples in its batches
@@ -49,11 +49,11 @@ class Accumulation:
         self._since_step += 1
 
     def has_gradient(self) -> bool:
-        """Whether any parameter has one."""
+        """Say whether any parameter has a gradient."""
         return any(parameter.grad is not None for parameter in self._parameters)
 
     def goes_on(self) -> bool:
-        """Whether the next batch adds to a gradient that has been begun; asked before it is drawn."""
+        """Say whether the next batch adds to a gradient that has been begun; asked before it is drawn."""
         if self._since_step == _MANY_BATCHES:
             warnings.warn(
                 f"{_MANY_BATCHES} batches were drawn since the last session.step(loss), and no gradient counts without "
@@ -63,7 +63,7 @@ class Accumulation:
         return self._batches > 0
 
     def passed(self) -> AccumulatedBatches | None:
-        """What the loop passed over, now that it asks for the next batch; None where there is a gradient."""
+        """Return the batches that the loop passed over, now that it asks for the next; None if there is a gradient."""
         if not self._batches or self.has_gradient():
             return None
         basis = AccumulatedBatches(self._samples, self._samples, self._data_s, self._batches)

@@ -1,4 +1,4 @@
-"""What a root and a worker of a torch session have in common: their layouts, and their part in the run."""
+"""The layouts of a torch session, and the rank's part in the run: what a root and a worker have in common."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DistributedModel:
         self._share_frozen()
 
     def _share_frozen(self) -> None:
-        """Frozen parameters never travel again: everyone takes the root's values now."""
+        """Give everyone the root's frozen parameters, once: they never travel again."""
         frozen, meeting = self.flat.frozen, self.participant.meeting
         if frozen.size_bytes:
             values = aligned_bytes(frozen.size_bytes)
@@ -77,11 +77,11 @@ class DistributedModel:
             frozen.load(views)
 
     def parameters(self, memory: np.ndarray) -> Views:
-        """The parameters in a version's bytes."""
+        """Return the parameters in a version's bytes."""
         return self.flat.views(self.participant.published.arrays(memory)[: self.segments])
 
     def averages(self, memory: np.ndarray) -> Views:
-        """Their average in a version's bytes."""
+        """Return the parameters' averages in a version's bytes."""
         return self.flat.views(self.participant.published.arrays(memory)[self.segments :])
 
 

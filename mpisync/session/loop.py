@@ -1,4 +1,4 @@
-"""How far a session's loop goes, where it begins, and the pool that it may draw from."""
+"""The extent of a session's loop: where it begins, where it ends, and the pool that it may draw from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELDS = ("on_late", "seed", "accounts")
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What `Session.batches` was asked for.
+    """The options of `Session.batches`.
 
     Attributes:
         steps: How many versions to make; None for no limit.
@@ -29,7 +29,7 @@ class LoopOptions:
     resume: Mapping[str, Any] | None
 
     def check(self, late: LateWork, seed: int) -> None:
-        """Raise TypeError or ValueError for what cannot be."""
+        """Raise TypeError or ValueError for options that no loop can have."""
         on_late, pools = str(late), isinstance(late, Requeue)
         for name, number in (("steps", self.steps), ("epochs", self.epochs)):
             if number is not None and number < 0:
@@ -53,7 +53,7 @@ class LoopOptions:
             raise ValueError("the run to go on with was a replay, which has no place in the data: resume its original")
 
     def accounts(self, workers: int) -> list[Mapping[str, int]]:
-        """Each worker's account so far; empty for a new run."""
+        """Return each worker's account so far; nothing for a new run."""
         if self.resume is None:
             return []
         accounts: list[Mapping[str, int]] = self.resume["accounts"]
@@ -64,17 +64,17 @@ class LoopOptions:
         return accounts
 
     def handed(self, worker: int, workers: int) -> int:
-        """Samples that the worker was handed before."""
+        """Return how many samples the worker was handed in the run that goes on."""
         accounts = self.accounts(workers)
         return accounts[worker]["handed"] if accounts else 0
 
     def batches(self, worker: int) -> int:
-        """Batches whose samples met their fate before."""
+        """Return how many of the worker's batches were done with in the run that goes on."""
         return 0 if self.resume is None else int(self.resume["accounts"][worker]["batches"])
 
 
 def pool_of(loader: Iterable[Any], loop: LoopOptions, policy: Policy, workers: int) -> SamplePool:
-    """Return the pool of a loader's batches; under a replay, what its record says of them."""
+    """Return the pool of a loader's batches; under a replay, the one that its record describes."""
     batches = batches_an_epoch(loader)
     if isinstance(policy, Replay):
         recorded = policy.lots(workers)

@@ -1,4 +1,4 @@
-"""What a script asks of a session, and the checks that both faces share."""
+"""The options of a session, and the checks that both faces share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpisync.records import StepRecord
 
 @dataclass(frozen=True)
 class Options:
-    """What the script asked for; see `Session`."""
+    """The options that the script gave; see `Session`."""
 
     policy: Policy
     scheduler: Any | None
@@ -32,7 +32,7 @@ class Options:
 
 
 def chosen_policy(code: object) -> Policy:
-    """The policy that the environment names, else the one that the script gives.
+    """Return the policy that the environment names, else the one that the script gives.
 
     Raises:
         ValueError: The environment's is no policy.
@@ -48,13 +48,13 @@ def chosen_policy(code: object) -> Policy:
 
 
 def check_communicator(comm: object) -> None:
-    """Raise TypeError for what is no intracommunicator."""
+    """Raise TypeError unless `comm` is an intracommunicator."""
     if not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
 
 
 def problem_of(check: Callable[[], object]) -> str:
-    """The text of the error that `check` raises, for the other ranks; "" if it raises none."""
+    """Return the text of the error that `check` raises, for the other ranks; "" if it raises none."""
     try:
         check()
     except (ValueError, TypeError) as error:

@@ -56,7 +56,7 @@ class ReducedStep:
 
 
 class PartialReduce:
-    """Averages the first gradients of every step at a root, and hands its parameters back.
+    """A partial reduction: averages the first gradients of every step at a root, and hands its parameters back.
 
     The last rank of `comm` is the root, the others are workers. Collective; use it as a context
     manager, or call `free` on every rank.
@@ -223,7 +223,7 @@ class PartialReduce:
             )
 
     def stale(self) -> bool:
-        """Whether the version being computed on is superseded, so that computing on is vain."""
+        """Say whether the version being computed on is superseded, so that computing on is vain."""
         return self._as_worker("stale").is_stale()
 
     def _as_worker(self, verb: str) -> Worker:

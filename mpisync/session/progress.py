@@ -1,4 +1,4 @@
-"""The progress line of a run: where it is, how fast, and which worker holds it up."""
+"""The progress line of a run: how far it is, how fast, and which worker holds it up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SILENT_FACTOR, _SILENT_STEPS = 3.0, 3
 
 @dataclass
 class _Pace:
-    """What is known about the speed of one worker."""
+    """The speed of one worker, as far as it is known."""
 
     spent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_GRADIENTS))
     waited_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_GRADIENTS))
@@ -37,7 +37,7 @@ class _Pace:
     pause_s: float = _FIRST_PAUSE_S  # until it is named again
 
     def see(self, arrival: ArrivalRecord, at_s: float, step: int) -> None:
-        """Take note of a gradient that got its verdict."""
+        """Take note of a gradient that has its verdict."""
         self.last_s, self.last_step = at_s, step
         if arrival.compute_s is not None:
             self.spent_s.append(arrival.compute_s + (arrival.data_s or 0.0))
@@ -45,7 +45,7 @@ class _Pace:
 
 
 class Progress:
-    """Prints how a run is getting on; give its `step` to a session as `on_step`, at the root.
+    """A run's progress line; give its `step` to a session as `on_step`, at the root.
 
     On a terminal one line is rewritten a few times a second; elsewhere lines follow at growing
     intervals. A slow worker gets lines of its own, while it is slow. All times are those of the
@@ -83,7 +83,7 @@ class Progress:
         self._is_drawn = False
 
     def step(self, record: StepRecord) -> None:
-        """Take the next closed step, and print if it is time to."""
+        """Take the next closed step, and print the line if it is due."""
         if self._next_s is None:
             self._begin(record)
         self._spans.append((record.opened_s, record.published_s, record.samples_used))
@@ -186,7 +186,7 @@ class Progress:
 
 
 def _silence(pace: _Pace, now_s: float, step: int, typical_s: float) -> str:
-    """What a worker is doing that has not been heard of for long; "" where all is well."""
+    """Say what a worker does that has not been heard of for long; "" where all is well."""
     silent_s, steps = now_s - pace.last_s, step - pace.last_step
     limit_s = max(_SILENT_FACTOR * typical_s, _SLOW_EXCESS_S)
     if silent_s < limit_s or steps < _SILENT_STEPS:
@@ -200,7 +200,7 @@ def _silence(pace: _Pace, now_s: float, step: int, typical_s: float) -> str:
 
 
 def _slowness(pace: _Pace, typical_s: float) -> str:
-    """How a worker compares with the others; "" where it keeps up."""
+    """Say how a worker compares with the others; "" where it keeps up."""
     if len(pace.spent_s) < _FEWEST_GRADIENTS:
         return ""
     own_s = median(pace.spent_s)

@@ -1,4 +1,4 @@
-"""Where every step's record goes: the file, the progress line, the script's own hook."""
+"""The destinations of every step's record: the file, the progress line, the script's own hook."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpisync.version import __version__
 
 
 def _recorded(options: Options) -> dict[str, Any]:
-    """What an update depends on, beside the model and the seed."""
+    """Return the settings that an update depends on, beside the model and the seed."""
     return {
         "weight": options.weight,
         "clip_norm": options.clip_norm,
@@ -30,7 +30,7 @@ def _recorded(options: Options) -> dict[str, Any]:
 
 
 def check_replay(options: Options) -> None:
-    """Raise ValueError where a record is to be replayed under other settings than it was made."""
+    """Raise ValueError where a record is to be replayed under other settings than its run had."""
     header = options.policy.header if isinstance(options.policy, Replay) else None
     if header is None:
         return
@@ -47,7 +47,7 @@ def check_replay(options: Options) -> None:
 
 
 class Recorder:
-    """Recorder of the rank that makes the updates.
+    """The recorder of the rank that makes the updates.
 
     Raises:
         ValueError: The record cannot be written.
@@ -66,7 +66,7 @@ class Recorder:
                 raise ValueError(str(error)) from error
 
     def header(self, policy: str, hosts: Sequence[str], **about: Any) -> None:  # noqa: ANN401 (as RunHeader has them)
-        """Say what is run; `hosts` has one for each worker, and `about` holds other fields of a RunHeader."""
+        """Take what is known of the run; `hosts` has one for each worker, `about` other fields of a RunHeader."""
         self._hosts = list(hosts)
         self._header = RunHeader(
             policy=policy,
@@ -80,19 +80,19 @@ class Recorder:
         )
 
     def _write_header(self, steps: int | None) -> None:
-        """Begin the record, once it is known how many steps are planned."""
+        """Write the record's header, once it is known how many steps are planned."""
         if self._writer is not None and self._header is not None:
             self._writer.header(replace(self._header, steps=steps))
             self._header = None
 
     def begin(self, steps: int | None) -> None:
-        """The loop begins; so many steps are to come."""
+        """Begin the record and the progress line, at the loop's beginning; `steps` are to come."""
         self._write_header(steps)
         if self._options.progress:
             self._progress = Progress(steps, self._hosts)
 
     def step(self, record: StepRecord) -> None:
-        """Report a step that was published."""
+        """Report a published step."""
         if self._writer is not None:
             self._writer.step(record)
         if self._progress is not None:
@@ -101,7 +101,7 @@ class Recorder:
             self._options.on_step(record)
 
     def close(self) -> None:
-        """No step follows."""
+        """End the progress line: no step follows."""
         if self._progress is not None:
             self._progress.close()
 
@@ -114,7 +114,7 @@ class Recorder:
         by_cost: Mapping[int, Account],
         peak_rss_bytes: Sequence[int],
     ) -> None:
-        """Everyone has left: say what became of the last gradients and of all samples, and close the record."""
+        """Say what became of the last gradients and of all samples, and close the record: everyone has left."""
         self._write_header(None)  # where the loop was never begun
         if self._progress is not None:
             print(summary(accounts, by_cost), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a record says of a run's surroundings, for whoever reads it or wants to repeat the run."""
+"""The surroundings of a run, for its record: for whoever reads it or wants to repeat the run."""
 
 from __future__ import annotations
 

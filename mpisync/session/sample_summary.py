@@ -1,4 +1,4 @@
-"""What became of all samples, for the end of a run: by worker, and by what they cost."""
+"""The summary of all samples at the end of a run: by worker, and by what they cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLUMNS = ("handed", "used", "discarded", "requeued", "lost", "in_flight")
 
 
 def summary(accounts: Sequence[Account], by_cost: Mapping[int, Account]) -> str:
-    """Return lines to print.
+    """Return the lines that tell what became of all samples.
 
     Args:
         accounts: Of each worker.
@@ -47,7 +47,7 @@ def _line(name: str, cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _costs(by_cost: Mapping[int, Account]) -> list[str]:
-    """Say how much was dropped of the batches of each class of costs, and whether the dear ones are left out."""
+    """Say, for each class of costs, how many gradients did not count, and whether dear ones count less often."""
     classes = sorted(by_cost.items())
     lines = [
         f"cost {2.0**k:g} to {2.0 ** (k + 1):g}: {a.late + a.rejected:,} of {_gradients([a]):,} gradients did not "
@@ -72,12 +72,12 @@ def _gradients(accounts: Iterable[Account]) -> int:
 
 
 def _share(accounts: Sequence[Account]) -> float:
-    """Of these gradients, the part that did not count."""
+    """Return the share of the gradients that did not count."""
     return sum(account.late + account.rejected for account in accounts) / max(_gradients(accounts), 1)
 
 
 def _is_higher(dear: Sequence[Account], cheap: Sequence[Account]) -> bool:
-    """Whether a greater part of the dear ones did not count, beyond what chance makes of equal shares."""
+    """Say whether a greater part of the dear ones did not count, beyond what chance makes of equal shares."""
     n, m = _gradients(dear), _gradients(cheap)
     share = _share([*dear, *cheap])
     deviation = math.sqrt(share * (1 - share) * (1 / n + 1 / m)) if n and m else math.inf

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class Session:
-    """Trains a torch model with backup workers; every rank runs the same script.
+    """The training of a torch model with backup workers; every rank runs the same script.
 
     The last rank of `comm` becomes the root aggregator: its loop body never runs. The others are
     workers. Started as a single process the script trains alone, and the policy is ignored.
@@ -212,7 +212,7 @@ class Session:
         return self._active.step(value, samples, math.nan if cost is None else float(cost))
 
     def stale(self) -> bool:
-        """Whether this computation's step has closed, so that going on with it is vain."""
+        """Say whether this computation's step has closed, so that going on with it is vain."""
         return self._active.stale()
 
     def stop(self) -> None:
@@ -228,12 +228,12 @@ class Session:
 
     @property
     def workers(self) -> int:
-        """How many workers there are."""
+        """The number of workers."""
         return self._active.workers
 
     @property
     def version(self) -> int:
-        """How many updates the parameters have had."""
+        """The number of updates that the parameters have had."""
         return self._active.version
 
     def snapshot(self, *, average: bool = False) -> nn.Module:
@@ -270,7 +270,7 @@ class Session:
         return fn(self.snapshot(average=average))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the newest version and the model's state; on the root the optimizer's, scheduler's, samples' too."""
+        """Return the newest version and the model's state; on the root also the optimizer's, scheduler's, samples'."""
         twin, version = self._copied()
         state: dict[str, Any] = {"version": version, "model": twin.state_dict()}
         if self._active.makes_updates:

@@ -1,4 +1,4 @@
-"""How many threads torch may use on a rank, so that the ranks of a node do not fight for its cores."""
+"""The number of threads that torch uses on a rank, so that the ranks of a node do not fight for its cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpisync.transport.rendezvous import Meeting
 
 
 class Threads:
-    """A number of torch threads for a while."""
+    """The number of torch threads, as set until `restore`."""
 
     def __init__(self, threads: int) -> None:
         self._before = torch.get_num_threads()
@@ -18,7 +18,7 @@ class Threads:
             torch.set_num_threads(threads)
 
     def restore(self) -> None:
-        """Go back to what it was."""
+        """Set the number of threads that there was before."""
         if torch.get_num_threads() != self._before:
             torch.set_num_threads(self._before)
 

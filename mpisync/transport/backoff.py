@@ -1,4 +1,4 @@
-"""How long to sleep between looks where nothing wakes a sleeper."""
+"""The sleeps between two looks, where nothing wakes a sleeper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Backoff:
         self._idle_s = _SHORTEST_S
 
     def reset(self) -> None:
-        """Something came: begin again with the shortest sleep."""
+        """Begin again with the shortest sleep, since something came."""
         self._idle_s = _SHORTEST_S
 
     def sleep(self, timeout_s: float, *, busy: bool) -> None:

@@ -21,7 +21,7 @@ from mpisync.transport.wire import Header, Reply
 
 @dataclass(frozen=True)
 class End:
-    """The training is over: at which version, and why if it failed."""
+    """The end of the training: at which version, and why if it failed."""
 
     version: int
     failure: str = ""
@@ -32,19 +32,19 @@ class GradientFetcher(abc.ABC):
 
     @abc.abstractmethod
     def want(self, worker: int) -> bool:
-        """Ask for the announced gradient; False while there is no memory for it."""
+        """Ask for the announced gradient; return False while there is no memory for it."""
 
     @abc.abstractmethod
     def is_whole(self, worker: int) -> bool:
-        """Whether every byte of the announced gradient is in this process's reach."""
+        """Say whether every byte of the announced gradient is in this process's reach."""
 
     @abc.abstractmethod
     def is_moving(self, worker: int, now_s: float) -> bool:
-        """Whether the asked-for gradient still makes progress; a stalled one is not waited for."""
+        """Say whether the asked-for gradient still makes progress; a stalled one is not waited for."""
 
     @abc.abstractmethod
     def progress(self) -> list[int]:
-        """Receive what has come; workers whose asked-for gradient has become whole."""
+        """Receive the blocks that have come, and return the workers whose asked-for gradient has become whole."""
 
     @abc.abstractmethod
     def release(self, worker: int) -> None:
@@ -52,7 +52,7 @@ class GradientFetcher(abc.ABC):
 
 
 class RootLink(abc.ABC):
-    """The root's side: one object serves all workers that it reaches the same way.
+    """The root's side of a transport: one object serves all workers that it reaches the same way.
 
     Attributes:
         name: What records call the transport.
@@ -69,7 +69,7 @@ class RootLink(abc.ABC):
 
     @abc.abstractmethod
     def home(self) -> np.ndarray | None:
-        """Memory in which the root may keep the parameters, so that workers read them in place; None without."""
+        """Return memory in which the root may keep the parameters, so that workers read them in place; None without."""
 
     @abc.abstractmethod
     def headers(self) -> list[Header]:
@@ -81,7 +81,7 @@ class RootLink(abc.ABC):
 
     @abc.abstractmethod
     def gradient(self, worker: int, block: Block) -> np.ndarray:
-        """The elements of one block of a whole gradient."""
+        """Return the elements of one block of a whole gradient."""
 
     @abc.abstractmethod
     def reply(self, worker: int, reply: Reply) -> None:
@@ -125,11 +125,11 @@ class RootLink(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give everything back, also what waits for workers that never said goodbye."""
+        """Give back all receives and memory, also those of workers that never said goodbye."""
 
 
 class WorkerLink(abc.ABC):
-    """A worker's side.
+    """A worker's side of a transport.
 
     Attributes:
         layout: Of the gradient.
@@ -151,18 +151,18 @@ class WorkerLink(abc.ABC):
 
     @abc.abstractmethod
     def reply(self, ordinal: int) -> Reply | None:
-        """The answer to message `ordinal`, once it is there."""
+        """Return the answer to message `ordinal`, once it is there."""
 
     @abc.abstractmethod
     def newest(self) -> int:
-        """Newest version that can be read whole now; -1 while it is being overwritten."""
+        """Return the newest version that can be read whole now; -1 while it is being overwritten."""
 
     @abc.abstractmethod
     def is_behind(self, version: int) -> bool:
-        """Whether `version` is known to be superseded; costs one memory read where it can."""
+        """Say whether `version` is known to be superseded; costs one memory read where it can."""
 
     def has_unsent_version(self) -> bool:
-        """Whether there is a newer version that comes only to a worker that asks for it.
+        """Say whether there is a newer version that comes only to a worker that asks for it.
 
         Never where all can read what was published.
         """
@@ -170,18 +170,18 @@ class WorkerLink(abc.ABC):
 
     @abc.abstractmethod
     def read(self, target: np.ndarray) -> int:
-        """Copy the newest parameters, `target.size` bytes; the version, or -1: try again."""
+        """Copy the newest parameters, `target.size` bytes, and return their version; -1 means: try again."""
 
     @abc.abstractmethod
     def end(self) -> End | None:
-        """How the training ended, once it has."""
+        """Return how the training ended, once it has."""
 
     @abc.abstractmethod
     def wait(self, timeout_s: float) -> None:
         """Sleep until there may be news, and keep sends moving."""
 
     def protect(self) -> bool:
-        """Make the parameters read-only for this process; whether it could.
+        """Make the parameters read-only for this process, and say whether that could be done.
 
         Not where they are copies of the worker's own.
         """

@@ -16,7 +16,7 @@ from mpisync import settings, siblings
 
 
 def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
-    """Wait for a collective with sleeps, naming those who keep it waiting.
+    """Wait for a collective with sleeps, naming the ranks that keep it waiting.
 
     Raises:
         RuntimeError: A rank has ended, or did not come within MPISYNC_START_TIMEOUT_S.
@@ -56,7 +56,7 @@ def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
 
 
 def _roll_call(comm: MPI.Intracomm) -> tuple[list[siblings.Sibling], ...]:
-    """The ranks of `comm` on this node: who waits as this one does, who does not, who has ended for good."""
+    """Return the ranks of `comm` on this node: those that wait as this one does, those that do not, the ended ones."""
     members = set(comm.group.Translate_ranks(None, MPI.COMM_WORLD.group))
     ours = [s for s in siblings.find() if s.rank in members]
     ended = [s for s in ours if s.mark == siblings.ENDED]
@@ -70,7 +70,7 @@ def _names(found: list[siblings.Sibling]) -> str:
 
 
 def exchange(comm: MPI.Intracomm, text: str, what: str) -> list[str]:
-    """Give every rank everyone's text."""
+    """Send this rank's text to all, and return everyone's."""
     data = np.frombuffer(text.encode(), np.uint8)
     counts = np.zeros(comm.size, np.int64)
     poll(comm.Iallgather(np.array([data.size], np.int64), counts), comm, f"to say {what}")

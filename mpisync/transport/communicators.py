@@ -13,7 +13,7 @@ _taken: set[int] = set()  # handles of those that a run uses
 
 
 def known(comm: MPI.Intracomm) -> list[MPI.Intracomm]:
-    """The duplicates that were made of `comm`, oldest first."""
+    """Return the duplicates that were made of `comm`, oldest first."""
     found = comm.Get_attr(_key) if _key is not None else None
     return found if isinstance(found, list) else []
 
@@ -30,7 +30,7 @@ def keep(comm: MPI.Intracomm, private: MPI.Intracomm) -> None:
 
 
 def is_free(private: MPI.Intracomm) -> bool:
-    """Whether no run uses a duplicate, as far as this rank knows: a run may have ended here and not elsewhere."""
+    """Say whether no run uses a duplicate, as far as this rank knows: a run may have ended here and not elsewhere."""
     return private.handle not in _taken
 
 
@@ -40,7 +40,7 @@ def take(private: MPI.Intracomm) -> None:
 
 
 def give_back(private: MPI.Intracomm) -> None:
-    """A run has ended in good order: no message of it is under way."""
+    """Let later runs have a duplicate, now that its run has ended in good order: no message of it is under way."""
     _taken.discard(private.handle)
 
 

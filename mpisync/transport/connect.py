@@ -1,4 +1,4 @@
-"""Who is reached how: the only module that knows which transports there are."""
+"""The transports by which the root reaches each worker: the only module that knows which there are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpisync.transport.shared import SharedRootLink, SharedWorkerLink
 
 @dataclass(frozen=True)
 class Run:
-    """What all links of a run have in common.
+    """The properties that all links of a run have in common.
 
     Attributes:
         meeting: Who met.
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Reached:
-    """What came of trying a transport.
+    """The outcome of trying a transport.
 
     Attributes:
         workers: Whom it reaches; the same on every rank.
@@ -161,7 +161,7 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, m
 
 
 def _to_try(meeting: Meeting) -> list[str]:
-    """The transports to try, in order: the one that was asked for, and the one that reaches everybody."""
+    """Return the transports to try, in order: the one that was asked for, and the one that reaches everybody."""
     asked, last = meeting.transport, list(TRANSPORTS)[-1]
     if asked == "auto":
         return list(TRANSPORTS)

@@ -25,7 +25,7 @@ GRADIENTS = 2  # whole gradients that the root can hold beside its sum
 
 
 class BlockPool:
-    """Blocks of memory to receive into, at most so many in use at a time.
+    """A pool of memory blocks to receive into, at most so many in use at a time.
 
     A block whose receive cannot be finished, because its sender hangs, is lent out until it does; the pool then makes
     another in its place, so that what hangs costs a few blocks and never a buffer.
@@ -37,7 +37,7 @@ class BlockPool:
         self._free: list[np.ndarray] = []
 
     def take(self, count: int) -> list[np.ndarray] | None:
-        """Take `count` blocks, or None while there are not so many."""
+        """Take `count` blocks; return None while there are not so many."""
         if self.used + count > self.capacity:
             return None
         self.used += count
@@ -72,7 +72,7 @@ class Incoming:
 
 
 class BlockFetcher(GradientFetcher):
-    """Asks for blocks by replies, and receives them.
+    """The root's fetcher, which asks for blocks by replies, and receives them.
 
     Args:
         comm: The run's communicator.
@@ -111,7 +111,7 @@ class BlockFetcher(GradientFetcher):
         self._incoming[worker].inline = gradient
 
     def want(self, worker: int) -> bool:
-        """Ask for the first blocks, if there is memory for them all."""
+        """Ask for the first blocks of a gradient, if there is memory for them all."""
         incoming = self._incoming[worker]
         if incoming.inline is not None or incoming.is_asked_for:
             return True
@@ -157,18 +157,18 @@ class BlockFetcher(GradientFetcher):
         return self.is_whole(incoming.worker)
 
     def is_whole(self, worker: int) -> bool:
-        """Whether the last block is in."""
+        """Say whether the gradient's last block is in."""
         incoming = self._incoming[worker]
         if incoming.inline is not None:
             return True
         return incoming.is_asked_for and incoming.received == len(self._sizes)
 
     def is_moving(self, worker: int, now_s: float) -> bool:
-        """Whether a block came in lately."""
+        """Say whether a block came in lately."""
         return self.is_whole(worker) or now_s - self._incoming[worker].moved_s < STALLED_S
 
     def block(self, worker: int, block: Block) -> np.ndarray:
-        """The elements of a block where they were received."""
+        """Return the elements of a block where they were received."""
         incoming = self._incoming[worker]
         if incoming.inline is not None:
             return self._layout.view(incoming.inline, block)
@@ -177,7 +177,7 @@ class BlockFetcher(GradientFetcher):
         return raw if block.segment < 0 else raw.view(self._layout.segments[block.segment].dtype.storage)
 
     def release(self, worker: int) -> None:
-        """Give the blocks back; those that a sender still owes are received and thrown away."""
+        """Give back a gradient's blocks; those that its sender still owes are received and thrown away."""
         incoming = self._incoming[worker]
         owed = [block for _, block in incoming.receives]
         self._drains += incoming.receives
@@ -187,7 +187,7 @@ class BlockFetcher(GradientFetcher):
         self._incoming[worker] = Incoming(worker)
 
     def drain(self) -> None:
-        """Throw away what has come of gradients that nobody wants any more."""
+        """Throw away the blocks that have come of gradients that nobody wants any more."""
         if self._drains:
             self._drains = [drain for drain in self._drains if not drain[0].Test()]
 

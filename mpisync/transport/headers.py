@@ -16,7 +16,7 @@ _KINDS = frozenset(Kind)
 
 
 class HeaderReceiver:
-    """Receives headers by one persistent receive a worker.
+    """The receiver of headers, by one persistent receive a worker.
 
     Args:
         comm: The run's communicator, given back by `close`.

@@ -1,4 +1,4 @@
-"""How a gradient, or a parameter version, lies in one run of bytes.
+"""The layout of a gradient, or of a parameter version, in one run of bytes.
 
 Both have the same shape: one segment per dtype, each starting on a 64-byte boundary, then `extras`: bytes that travel
 with them unread (which parameters had a gradient, module buffers). Blocks are the pieces that messages carry: a block
@@ -26,7 +26,7 @@ def aligned(size_bytes: int, to: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` elements of one dtype, `offset` bytes from the start."""
+    """The part of one dtype: `count` elements, `offset` bytes from the start."""
 
     dtype: Dtype
     count: int
@@ -34,13 +34,13 @@ class Segment:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the elements, without padding."""
+        """The bytes of the elements, without padding."""
         return self.count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Block:
-    """Elements `start` to `stop` of segment `segment`; segment -1 is the extras, in bytes."""
+    """A piece that a message carries: elements `start` to `stop` of `segment`; segment -1 is the extras, in bytes."""
 
     segment: int
     start: int
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class SgdSpan:
-    """Parameters that fused_sgd_step at one rate: elements `start` to `stop` of a segment."""
+    """The parameters that `fused_sgd_step` updates at one rate: elements `start` to `stop` of a segment."""
 
     segment: int
     start: int
@@ -75,17 +75,17 @@ class Layout:
 
     @cached_property
     def extras_offset(self) -> int:
-        """Where the extras begin."""
+        """The offset at which the extras begin."""
         return sum(aligned(segment.size_bytes) for segment in self.segments)
 
     @cached_property
     def size_bytes(self) -> int:
-        """Bytes in all, a multiple of the alignment."""
+        """The bytes in all, a multiple of the alignment."""
         return self.extras_offset + aligned(self.extras_bytes)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The pieces in which messages carry it; the extras, if any, are the last."""
+        """The blocks in which messages carry the bytes; the extras, if any, are the last."""
         blocks = []
         for index, segment in enumerate(self.segments):
             step = BLOCK_BYTES // segment.dtype.itemsize
@@ -103,12 +103,12 @@ class Layout:
         return tuple(Block(i, 0, segment.count) for i, segment in enumerate(self.segments))
 
     def block_bytes(self, block: Block) -> int:
-        """Bytes that `block` takes."""
+        """Return how many bytes `block` takes."""
         itemsize = 1 if block.segment < 0 else self.segments[block.segment].dtype.itemsize
         return (block.stop - block.start) * itemsize
 
     def view(self, memory: np.ndarray, block: Block) -> np.ndarray:
-        """The elements of `block` in `memory`, a uint8 array of `size_bytes` laid out like this."""
+        """Return the elements of `block` in `memory`, a uint8 array of `size_bytes` laid out like this."""
         if block.segment < 0:
             return memory[self.extras_offset + block.start : self.extras_offset + block.stop]
         segment = self.segments[block.segment]
@@ -116,11 +116,11 @@ class Layout:
         return memory[first : first + self.block_bytes(block)].view(segment.dtype.storage)
 
     def arrays(self, memory: np.ndarray) -> list[np.ndarray]:
-        """Each segment of `memory` as an array of its storage dtype."""
+        """Return each segment of `memory` as an array of its storage dtype."""
         return [self.view(memory, block) for block in self.wholes]
 
     def extras(self, memory: np.ndarray) -> np.ndarray:
-        """The extras of `memory`, a uint8 view."""
+        """Return the extras of `memory`, a uint8 view."""
         return memory[self.extras_offset : self.extras_offset + self.extras_bytes]
 
 

@@ -1,4 +1,4 @@
-"""How the root and the workers of its node map one board and each worker's slot."""
+"""The mapping of one board and each worker's slot, by the root and the workers of its node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpisync.transport.shared_memory import SharedMemory
 
 @dataclass
 class Memories:
-    """What this rank mapped: the board, and its own slot (the root: every mapped worker's)."""
+    """The memory that this rank mapped: the board, and its own slot (the root: every mapped worker's)."""
 
     board: Board | None
     slots: dict[int, SharedMemory]
@@ -25,11 +25,11 @@ class Memories:
     why_not: str = ""  # what kept the ranks of this node from sharing memory
 
     def all(self) -> list[SharedMemory]:
-        """Everything that is mapped."""
+        """Return all memory that is mapped."""
         return [*([self.board.memory] if self.board else []), *self.slots.values()]
 
     def drop(self) -> None:
-        """Give everything back."""
+        """Give all mapped memory back."""
         for memory in self.all():
             memory.close()
         self.board, self.slots = None, {}

@@ -1,4 +1,4 @@
-"""Where gradients and parameters lie, and what works on them there: the one place that a device could stand in for.
+"""The memory of gradients and parameters, and what works on it: the one place that a device could stand in for.
 
 All memory in which a gradient, a sum or a version of the parameters is kept comes from here, and all arithmetic on it
 is the reducer's. Headers, verdicts and versions are not a memory's affair: they stay with the host.

@@ -27,7 +27,7 @@ INLINE_BYTES = 16 << 10
 
 
 def inline_bytes(layout: Layout) -> int:
-    """Bytes of gradient that ride in the header's message."""
+    """Return how many bytes of gradient ride in the header's message."""
     return layout.size_bytes if layout.size_bytes <= INLINE_BYTES else 0
 
 
@@ -74,12 +74,12 @@ class MessageRootLink(RootLink):
         )
 
     def home(self) -> None:
-        """None: workers have copies of their own."""
+        """Return None: workers have copies of their own."""
 
     # -- headers and gradients ---------------------------------------------------------------------
 
     def headers(self) -> list[Header]:
-        """Take in the headers that have arrived, and send what there is to send."""
+        """Take in the headers that have arrived, and move what is being sent."""
         heard = self._receiver.take()
         for header in heard:
             self._backoff.reset()
@@ -97,7 +97,7 @@ class MessageRootLink(RootLink):
         return heard
 
     def gradient(self, worker: int, block: Block) -> np.ndarray:
-        """The block's elements where they were received."""
+        """Return the block's elements where they were received."""
         return self.fetcher.block(worker, block)
 
     # -- replies and parameters --------------------------------------------------------------------
@@ -145,7 +145,7 @@ class MessageRootLink(RootLink):
                 outgoing.snapshot = []
 
     def end(self, end: End) -> None:
-        """Tell everyone."""
+        """Tell every worker that the training is over."""
         for worker in self._receiver.open:
             self._sender.send(
                 worker, Reply(self._incarnation, ReplyKind.END, newest=end.version, text=end.failure)
@@ -157,7 +157,7 @@ class MessageRootLink(RootLink):
         self._backoff.sleep(timeout_s, busy=is_busy)
 
     def close(self) -> None:
-        """Withdraw what no one will answer; large sends to a hung worker stay with MPI."""
+        """Withdraw the receives that no one will answer; large sends to a hung worker stay with MPI."""
         self._receiver.close()
         self.fetcher.close()
 
@@ -244,34 +244,34 @@ class MessageWorkerLink(WorkerLink):
             self._end = End(reply.newest, reply.text)
 
     def reply(self, ordinal: int) -> Reply | None:
-        """The answer, once it has come."""
+        """Return the answer, once it has come."""
         self._poll()
         return self._replies.pop(ordinal, None)
 
     def newest(self) -> int:
-        """The version that has been received whole."""
+        """Return the version that has been received whole."""
         self._poll()
         return self._newest
 
     def is_behind(self, version: int) -> bool:
-        """Whether the root has said that there is a newer one."""
+        """Say whether the root has told of a newer version."""
         self._poll()
         return self._end is not None or self._announced_version > version
 
     def has_unsent_version(self) -> bool:
-        """Whether the root has said that there is a newer one than it has sent."""
+        """Say whether the root has told of a newer version than it has sent."""
         self._poll()
         return self._announced_version > max(self._newest, self._coming)
 
     def read(self, target: np.ndarray) -> int:
-        """Copy what was received."""
+        """Copy the parameters that were received."""
         if self.newest() < 0:
             return -1
         np.copyto(target, self.parameters[: target.size])
         return self._newest
 
     def end(self) -> End | None:
-        """How the training ended, once the root has said so."""
+        """Return how the training ended, once the root has said so."""
         self._poll()
         return self._end
 

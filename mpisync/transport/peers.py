@@ -1,4 +1,4 @@
-"""Who is on the other side: the process behind a rank, and whether it lives."""
+"""The process behind a rank, and whether it lives."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Peer:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Peer:
-        """Read what `vars(peer)` wrote."""
+        """Make a peer from the fields that `vars(peer)` gave."""
         return cls(**fields)
 
     def shares_kernel(self, other: Peer) -> bool:
-        """Whether both run under one kernel: their monotonic clocks agree."""
+        """Say whether both run under one kernel: their monotonic clocks agree."""
         return self.boot == other.boot
 
     def sees(self, other: Peer) -> bool:
-        """Whether the other's pid means the same process here."""
+        """Say whether the other's pid means the same process here."""
         return self.shares_kernel(other) and self.namespace == other.namespace
 
     def state(self) -> str | None:
-        """The kernel's one-letter state ("R", "S", "T" stopped, …); None when it is gone.
+        """Return the kernel's one-letter state ("R", "S", "T" stopped, …); None when the process is gone.
 
         Meaningful only for a peer that this process `sees`.
         """
@@ -67,5 +67,5 @@ class Peer:
 
 
 def peak_rss_bytes() -> int:
-    """The largest memory that this process has had."""
+    """Return the largest memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""How the ranks of a communicator become one root and its workers.
+"""The rendezvous, by which the ranks of a communicator become one root and its workers.
 
 They meet on a private duplicate of the user's communicator. What is exchanged is JSON; a problem that one rank has is
 raised on all of them.
@@ -23,7 +23,7 @@ from mpisync.transport.peers import Peer
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a rank brings to the meeting: everyone's must agree, and none may have a problem."""
+    """A rank's proposal to the meeting: everyone's must agree, and none may have a problem."""
 
     content: str  # compared with the root's by `differ`
     problem: str = ""
@@ -31,7 +31,7 @@ class Proposal:
 
 @dataclass
 class Meeting:
-    """Who met, under which number, and what the root said."""
+    """The ranks that met, their numbers, and what the root said."""
 
     comm: MPI.Intracomm
     root: int
@@ -88,7 +88,7 @@ def meet(
 
 
 def check_launcher(comm: MPI.Intracomm) -> None:
-    """Notice that each rank is alone although a launcher started several.
+    """Raise RuntimeError where each rank is alone although a launcher started several.
 
     Raises:
         RuntimeError: The launcher belongs to another MPI than the one mpi4py loaded.

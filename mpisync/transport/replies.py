@@ -11,7 +11,7 @@ from mpisync.transport.wire import REPLY_BYTES, Reply, Tag
 
 
 class ReplySender:
-    """Sends replies without waiting for them to arrive, and keeps each one's buffer as long as MPI needs it."""
+    """A sender of replies that does not wait for their arrival, and keeps each one's buffer as long as MPI needs it."""
 
     def __init__(self, comm: MPI.Intracomm, workers: Iterable[int]) -> None:
         self._comm = comm
@@ -25,7 +25,7 @@ class ReplySender:
         self._sends[worker].append((request, buffer))
 
     def progress(self) -> None:
-        """Let go of what has arrived."""
+        """Let go of the buffers of replies that have arrived."""
         for sends in self._sends.values():
             while sends and sends[0][0].Test():
                 sends.popleft()

@@ -65,7 +65,7 @@ class Board:
 
     @staticmethod
     def size_bytes(workers: int, published: Layout, buffers: int) -> int:
-        """Bytes that a board takes."""
+        """Return how many bytes a board takes."""
         lines = aligned(_PAGE + workers * _LINE_BYTES, _PAGE)
         return lines + buffers * aligned(published.size_bytes, _PAGE)
 
@@ -74,11 +74,11 @@ class Board:
         self.memory.protect(self.parameters[0].ctypes.data - self.memory.bytes.ctypes.data)
 
     def news(self) -> Futex:
-        """What workers sleep on."""
+        """Return the futex that workers sleep on."""
         return Futex(self.bells, _NEWS)
 
     def wake(self) -> Futex:
-        """What the root sleeps on."""
+        """Return the futex that the root sleeps on."""
         return Futex(self.bells, _WAKE)
 
 
@@ -112,11 +112,11 @@ class SharedRootLink(RootLink):
         self._told = True
 
     def home(self) -> np.ndarray | None:
-        """The board's parameters, where they are kept once."""
+        """Return the board's parameters where they are kept once; else None."""
         return self.board.parameters[0] if self.board.buffers == 1 else None
 
     def _rung(self) -> int:
-        """How many have rung whose header was not heard."""
+        """Return how many rings there were whose headers were not taken in."""
         return (load_acquire(self.board.bells, _BELL) - self._heard) & _MASK
 
     def headers(self) -> list[Header]:
@@ -131,7 +131,7 @@ class SharedRootLink(RootLink):
         return heard
 
     def gradient(self, worker: int, block: Block) -> np.ndarray:
-        """A view of the worker's slot."""
+        """Return a view of the worker's slot."""
         return self.layout.view(self._slots[worker].bytes, block)
 
     def reply(self, worker: int, reply: Reply) -> None:
@@ -158,7 +158,7 @@ class SharedRootLink(RootLink):
         self._is_due = True  # who rang before may be late now, and could not know
 
     def end(self, end: End) -> None:
-        """Write why, then the state."""
+        """Write why the training ended, then the state."""
         text = end.failure.encode()[: _FAILURE_BYTES - 1]
         self.board.failure[: len(text)] = np.frombuffer(text, np.uint8)
         self.board.words[_FINAL] = end.version
@@ -173,7 +173,7 @@ class SharedRootLink(RootLink):
             self._told = True
 
     def wait(self, timeout_s: float, headers: int = 1) -> None:
-        """Sleep until so many workers have rung, or one that cannot wait."""
+        """Sleep until `headers` workers have rung, or one that cannot wait."""
         woken = load_acquire(self.board.bells, _WAKE)
         store_release(self.board.bells, _WAKE_AT, (self._heard + headers) & _MASK)
         fence()  # pairs with the worker's in `send`
@@ -190,7 +190,7 @@ class SharedRootLink(RootLink):
             self._missed, self._idle_s = ring, _SPIN_S
 
     def close(self) -> None:
-        """Give back receives and memory."""
+        """Give back the receives and the memory."""
         self._receiver.close()
         self.board.memory.close()
         for memory in self._slots.values():
@@ -247,7 +247,7 @@ class SharedWorkerLink(WorkerLink):
             self._wake.wake()
 
     def protect(self) -> bool:
-        """Make the parameters read-only: whoever writes to them gets a segmentation fault."""
+        """Make the parameters read-only: a write to them is a segmentation fault."""
         self._board.protect()
         return True
 
@@ -265,7 +265,7 @@ class SharedWorkerLink(WorkerLink):
         return version if lock == 2 * version else -1
 
     def is_behind(self, version: int) -> bool:
-        """One read: the buffer's lock where there is one buffer, else the newest version."""
+        """Say whether `version` is superseded, by one read: of the only buffer's lock, else of the newest version."""
         if self._board.buffers == 1:
             return load_acquire(self._board.words, _SEQUENCES) != 2 * version
         return load_acquire(self._board.words, _NEWEST) > version
@@ -281,7 +281,7 @@ class SharedWorkerLink(WorkerLink):
         return version if self._board.words[_SEQUENCES + index] == 2 * version else -1
 
     def end(self) -> End | None:
-        """Read the state, then why."""
+        """Read the state, then why the training ended."""
         if load_acquire(self._board.words, _STATE) == _RUNNING:
             return None
         text = self._board.failure.tobytes().split(b"\0", 1)[0].decode(errors="replace")

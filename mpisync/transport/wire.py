@@ -1,4 +1,4 @@
-"""What travels between a worker and the root: two fixed structs and nothing else.
+"""The messages between a worker and the root: two fixed structs and nothing else.
 
 A worker sends a `Header` for every message it starts; the root answers every header with exactly one `Reply`, and sends
 further replies to workers that it reaches by messages only (asking for blocks, sending parameters). Both are checked
@@ -23,7 +23,7 @@ class Tag(enum.IntEnum):
 
 
 class Kind(enum.IntEnum):
-    """What a worker says in a header."""
+    """The kinds of header."""
 
     READY = 6  # about to begin; the reply says at which version
     CLAIM = 7  # which batch is next? The reply says
@@ -36,7 +36,7 @@ class Kind(enum.IntEnum):
 
 
 class ReplyKind(enum.IntEnum):
-    """What the root says in a reply."""
+    """The kinds of reply."""
 
     VERDICT = 1
     WANT = 2  # send blocks first .. first+blocks-1 of the announced gradient
@@ -62,7 +62,7 @@ REPLY_BYTES = _REPLY.size
 
 
 class GradientInfo(NamedTuple):
-    """What a worker says of a gradient, or of batches that left none."""
+    """A worker's description of a gradient, or of batches that left none."""
 
     samples: int = 0  # that it is the mean of
     loss: float = math.nan  # theirs

@@ -1,1 +1,1 @@
-"""What a rank is in a torch session: worker, root, both at once, or a rank whose session has ended."""
+"""The roles of a rank in a torch session: worker, root, both at once, or a rank whose session has ended."""

@@ -1,4 +1,4 @@
-"""What a session asks of the rank that it is on, whichever role that has."""
+"""The interface that all roles share: what a session asks of the rank that it is on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Role(abc.ABC):
     @property
     @abc.abstractmethod
     def version(self) -> int:
-        """How many updates the parameters here have had."""
+        """The number of updates that the parameters here have had."""
 
     @property
     @abc.abstractmethod
@@ -41,11 +41,11 @@ class Role(abc.ABC):
 
     @abc.abstractmethod
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
-        """Give the gradient that was computed, and take the newest parameters."""
+        """Hand over the gradient that was computed, and take the newest parameters."""
 
     @abc.abstractmethod
     def stale(self) -> bool:
-        """Whether the step that this rank computes for has closed."""
+        """Say whether the step that this rank computes for has closed."""
 
     @abc.abstractmethod
     def stop(self) -> None:
@@ -53,7 +53,7 @@ class Role(abc.ABC):
 
     @abc.abstractmethod
     def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers, whole, into a copy of the model; their version."""
+        """Write the newest parameters and buffers, whole, into a copy of the model, and return their version."""
 
     @abc.abstractmethod
     def samples(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A session behind its `with`: the model is the user's own again, and nobody is left to talk to."""
+"""A session after its `with`: the model is the user's own again, and nobody is left to talk to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpisync.session.roles.base import Role
 
 
 class EndedRole(Role):
-    """What a rank was, and what it may still be asked.
+    """The role of a rank whose session has ended: what the rank was, and what it may still be asked.
 
     Args:
         worker: The number that it had; None at the root.
@@ -37,7 +37,7 @@ class EndedRole(Role):
 
     @property
     def version(self) -> int:
-        """The final one."""
+        """The final version."""
         return self._version
 
     @property
@@ -46,26 +46,26 @@ class EndedRole(Role):
         return self._averages
 
     def samples(self) -> dict[str, Any]:
-        """Every worker's account and place in the data, as they were at the end."""
+        """Return every worker's account and place in the data, as they were at the end."""
         return self._samples
 
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
-        """No batch follows."""
+        """Raise RuntimeError: no batch follows."""
         raise RuntimeError("the session has ended: its loop belongs inside the `with`; make another session")
 
     def step(self, loss: float, samples: int | None, cost: float) -> NoReturn:
-        """No step follows."""
+        """Raise RuntimeError: no step follows."""
         raise RuntimeError("the session has ended: call session.step inside session.batches only")
 
     def stale(self) -> bool:
-        """No step is open."""
+        """Say yes: no step is open."""
         return True
 
     def stop(self) -> None:
-        """It has ended."""
+        """Do nothing: the training has ended."""
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the averages into a copy of the model, which else is right as it is; their version."""
+        """Write the averages into a copy of the model, which is right otherwise, and return their version."""
         if average:
             if self.averages is None:
                 raise RuntimeError("there is no average: the session ended by an error")
@@ -74,5 +74,5 @@ class EndedRole(Role):
         return self.version
 
     def leave(self, error: BaseException | None) -> NoReturn:
-        """It was left before."""
+        """Raise RuntimeError: this rank has left before."""
         raise RuntimeError("the session has ended: make another one, one for each `with`")

@@ -1,4 +1,4 @@
-"""The root's side of a torch session."""
+"""The root's role in a torch session."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mpisync.transport.peers import peak_rss_bytes
 
 
 class RootRole(Role):
-    """Turns closed steps into updates."""
+    """The role of the root, which turns closed steps into updates."""
 
     worker = None
     makes_updates = True
@@ -88,7 +88,7 @@ class RootRole(Role):
 
     @property
     def version(self) -> int:
-        """How many updates the parameters have had."""
+        """The number of updates that the parameters have had."""
         return self._root.version
 
     @property
@@ -97,7 +97,7 @@ class RootRole(Role):
         return self._kept_averages
 
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
-        """Serve until the end; yields nothing, for the root does not train."""
+        """Serve until the end, and yield nothing, for the root does not train."""
         self._has_served = True
         if isinstance(self._late, Requeue):
             self._late.pool = pool_of(loader, loop, self._root.policy, self.workers)
@@ -112,7 +112,7 @@ class RootRole(Role):
         yield from ()
 
     def _take(self, closed: ClosedStep) -> None:
-        """Update everything that the next version publishes; nothing if the mean is refused."""
+        """Update everything that the next version publishes; nothing if the mean is not finite."""
         self._warn_of_equals(closed)
         split = self._joint.presence_bytes
         if (spans := self._update.spans(self._flat.places)) and closed.fused_sgd_step(spans):
@@ -145,15 +145,15 @@ class RootRole(Role):
                 )
 
     def samples(self) -> dict[str, Any]:
-        """Every worker's account and place in the data."""
+        """Return every worker's account and place in the data."""
         return {**self._late.state(), "accounts": [account.settled() for account in self._root.collector.accounts]}
 
     def step(self, loss: float, samples: int | None, cost: float) -> NoReturn:
-        """The root has no batches, so nothing to step from."""
+        """Raise RuntimeError: the root has no batches, so nothing to step from."""
         raise RuntimeError("session.step is a worker's: call it inside session.batches only")
 
     def stale(self) -> bool:
-        """The root computes nothing that could be stale."""
+        """Say no: the root computes nothing that could be stale."""
         return False
 
     def stop(self) -> None:
@@ -161,14 +161,14 @@ class RootRole(Role):
         self._root.stop()
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers into a copy of the model; their version."""
+        """Write the newest parameters and buffers into a copy of the model, and return their version."""
         memory = self._participant.parameters
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._extras))
         return self.version
 
     def leave(self, error: BaseException | None) -> None:
-        """End the training everywhere."""
+        """End the training on every rank."""
         self._recorder.close()
         absence = None
         if error is None and not self._has_served:

@@ -1,4 +1,4 @@
-"""A session of one process: the same loop and the same rules, without anyone to wait for."""
+"""The role of a process that trains alone: the same loop and the same rules, without anyone to wait for."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ _POLICY = BackupWorkers(0)  # whatever the script's: every step is the gradient 
 
 
 class _Here:
-    """Where its gradients are: here, and whole."""
+    """The payloads of a process that trains alone: each gradient is here, and whole."""
 
     def is_whole(self, worker: int) -> bool:
-        """Every byte of it."""
+        """Say yes: every byte of a gradient is here."""
         return True
 
     def want(self, worker: int) -> None:
-        """There is nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     def drop(self, worker: int) -> None:
-        """There is nothing on its way."""
+        """Do nothing: no gradient is on its way."""
 
 
 class SingleProcessRole(Role):
-    """Trains in this process, which is worker 0 and makes the updates too."""
+    """The role of a process that trains alone: worker 0, which makes the updates too."""
 
     worker = 0
     workers = 1
@@ -99,7 +99,7 @@ class SingleProcessRole(Role):
 
     @property
     def version(self) -> int:
-        """How many updates the parameters have had."""
+        """The number of updates that the parameters have had."""
         return self._collector.player.step.step
 
     @property
@@ -142,11 +142,11 @@ class SingleProcessRole(Role):
             data.close()
 
     def _claim(self, batches: int) -> BatchId | None:
-        """The pool's next batch; this process claims none ahead that it does not come to."""
+        """Claim the pool's next batch; this process claims none ahead that it does not come to."""
         return self._late.claim(0, (), batches)
 
     def samples(self) -> dict[str, Any]:
-        """The account and the place in the data."""
+        """Return the account and the place in the data."""
         return {**self._late.state(), "accounts": [self._account.settled()]}
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
@@ -179,12 +179,12 @@ class SingleProcessRole(Role):
         return Verdict(step, refusal is None, 0, self.version, refusal.reason if refusal else "", 0.0)
 
     def _peak(self) -> float:
-        """Infinity where an element is not finite; how large they are nobody asks."""
+        """Return infinity where an element is not finite, else 0: the magnitude itself is not needed."""
         gradients = (p.grad for p in self._flat.parameters if p.grad is not None)
         return 0.0 if all(bool(torch.isfinite(gradient).all()) for gradient in gradients) else math.inf
 
     def _make_update(self, loss: float) -> None:
-        """Update the parameters; the gradient is the mean."""
+        """Update the parameters from the gradient, which is the mean."""
         self._trap.undo()
         self._update.apply()
         self._schedule.advance(loss)
@@ -200,7 +200,7 @@ class SingleProcessRole(Role):
         self._recorder.step(record)
 
     def stale(self) -> bool:
-        """Nobody makes newer parameters."""
+        """Say no: nobody else makes newer parameters."""
         return False
 
     def stop(self) -> None:
@@ -208,7 +208,7 @@ class SingleProcessRole(Role):
         self._stopped = True
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the parameters, or their average, into a copy of the model; their version."""
+        """Write the parameters, or their average, into a copy of the model, and return their version."""
         if average:
             for own, value in zip(twin.parameters, self._averages, strict=True):
                 own.data.copy_(value)
@@ -222,7 +222,7 @@ class SingleProcessRole(Role):
         return list(zip(self._flat.parameters, self._averages, strict=True))
 
     def leave(self, error: BaseException | None) -> None:
-        """Give the optimizer its step back."""
+        """End the run here: let the optimizer's own step() work again, and close the record."""
         self._trap.undo()
         self._recorder.close()
         self._collector.lose(0)

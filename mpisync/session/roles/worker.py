@@ -1,4 +1,4 @@
-"""A worker's side of a torch session."""
+"""A worker's role in a torch session."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
 class WorkerRole(Role):
-    """Draws batches, sends gradients and takes parameters."""
+    """The role of a worker, which draws batches, sends gradients and takes parameters."""
 
     worker: int
     makes_updates = False
@@ -86,7 +86,7 @@ class WorkerRole(Role):
         self._has_average = options.ema is not None
 
     def _make_read_only(self, in_place: bool) -> FaultNotice | None:
-        """Have whoever writes to shared parameters stopped at the line, and explain it."""
+        """Make the shared parameters read-only, and have a write to them explained before it ends the process."""
         link = self._worker.link
         if in_place and link.protect():
             return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {_REMEDY}")
@@ -100,7 +100,7 @@ class WorkerRole(Role):
 
     @property
     def version(self) -> int:
-        """Of the parameters that this worker has."""
+        """The version of the parameters that this worker has."""
         return self._worker.version
 
     @property
@@ -109,7 +109,7 @@ class WorkerRole(Role):
         return self._kept_averages
 
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
-        """Yield batches until training ends, which is the root's to know."""
+        """Yield batches until the root ends the training."""
         data = self._data(loader, loop)
         self._writes.check()  # of own copies too: what was written before the first version is lost
         try:
@@ -129,7 +129,7 @@ class WorkerRole(Role):
             data.close()
 
     def _data(self, loader: Iterable[Any], loop: LoopOptions) -> Batches | RetriedBatches:
-        """This worker's batches, from where a resumed run left off."""
+        """Return this worker's batches, from where a resumed run left off."""
         self._worker.handed = loop.handed(self.worker, self.workers)
         batches = Batches(
             loader,
@@ -145,7 +145,7 @@ class WorkerRole(Role):
         return self._retried
 
     def _pass_over(self, passed: AccumulatedBatches) -> None:
-        """The loop went on without a gradient: these batches come back if it was for being late."""
+        """Tell the root of batches that left no gradient; they come back if that was for being late."""
         self._worker.pass_over(samples=passed.samples, batches=passed.batches)
         if self._retried is not None:
             self._retried.judged(again=self._worker.again)
@@ -188,13 +188,13 @@ class WorkerRole(Role):
         return verdict
 
     def _fingerprint(self) -> int:
-        """A number that two workers share only if they computed the same gradient; 0 for zeros."""
+        """Return a number that two workers share only if they computed the same gradient; 0 for zeros."""
         gradient = max(self._slot.segments, key=len)
         sample = gradient[:: max(1, len(gradient) // _SAMPLE)].float().numpy()
         return zlib.crc32(sample.tobytes()) if sample.any() else 0
 
     def _pull(self) -> bool:
-        """Take the newest parameters and module buffers; False when the training has ended."""
+        """Take the newest parameters and module buffers; return False when the training has ended."""
         while True:
             running = self._worker.pull() is not None
             if not running:
@@ -209,14 +209,14 @@ class WorkerRole(Role):
                 return running
 
     def _follow(self) -> None:
-        """Let the scheduler here show what the root's does."""
+        """Step the scheduler here as often as the root's."""
         if self._schedule.lags(self.version):
             self._groups.check()
             self._schedule.follow(self.version)
             self._groups.reset()
 
     def samples(self) -> dict[str, Any]:
-        """The root keeps the accounts."""
+        """Return nothing: the root keeps the accounts."""
         return {}
 
     def _is_late(self) -> bool:
@@ -226,7 +226,7 @@ class WorkerRole(Role):
         return self._worker.link.end() is not None
 
     def stale(self) -> bool:
-        """Whether the step that this worker computes for has closed."""
+        """Say whether the step that this worker computes for has closed."""
         return self._worker.is_stale()
 
     def stop(self) -> None:
@@ -234,7 +234,7 @@ class WorkerRole(Role):
         self._worker.stop()
 
     def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers, whole, into a copy of the model; their version."""
+        """Write the newest parameters and buffers, whole, into a copy of the model, and return their version."""
         memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
         twin.load((self._joint.averages if average else self._joint.parameters)(memory))
