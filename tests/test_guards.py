@@ -13,8 +13,8 @@ from torch.optim import lr_scheduler
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.model.scheduler import check_scheduler
+from mpisync.model.update import advice_on
 from mpisync.model.validation import check_model_and_optimizer
-from mpisync.session.advice import advice_on
 
 
 def sgd(model, **options):

@@ -11,7 +11,7 @@ from mpisync.transport.base import RootLink
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header
 
-Heard = tuple[float, float, Header]  # time of completion, lot, header
+Heard = tuple[float, float, Header]  # time of completion, a number drawn to break ties, header
 
 
 class Inbox:
@@ -22,7 +22,7 @@ class Inbox:
         members: All workers, by number.
         me: The root's process.
         clock: Monotonic seconds; that of the workers on this node.
-        lots: Breaks ties.
+        ties: Breaks ties.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Inbox:
         members: Sequence[Member],
         me: Peer,
         clock: Callable[[], float],
-        lots: random.Random,
+        ties: random.Random,
     ) -> None:
         self._links, self._members, self._me = links, members, me
-        self._clock, self._lots = clock, lots
+        self._clock, self._ties = clock, ties
         self._kept: deque[Heard] = deque()
 
     def take(self) -> deque[Heard]:
@@ -50,7 +50,7 @@ class Inbox:
         for header in headers:
             near = self._members[header.worker].peer.shares_kernel(self._me)
             at_s = min(header.stamp_s, now_s) if near else now_s
-            heard.append((at_s, self._lots.random(), header))
+            heard.append((at_s, self._ties.random(), header))
         heard.sort(key=lambda entry: entry[:2])
         self._kept = deque(heard)
         return self._kept

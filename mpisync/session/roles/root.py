@@ -44,12 +44,12 @@ class RootRole(Role):
             recorder = Recorder(options)
         except ValueError as error:
             problem = str(error)  # for every rank
-        self._joint = DistributedModel(comm, model, optimizer, options, problem)
-        self._participant, self._flat = self._joint.participant, self._joint.flat
+        self._distributed = DistributedModel(comm, model, optimizer, options, problem)
+        self._participant, self._flat = self._distributed.participant, self._distributed.flat
         self.workers = comm.size - 1
         self._threads = torch_threads(self._participant.meeting)
         memory = self._participant.parameters
-        parameters = self._joint.parameters(memory)
+        parameters = self._distributed.parameters(memory)
         self._flat.store(parameters)
         self._flat.bind(parameters)
         self._extras = self._participant.published.extras(memory)
@@ -58,7 +58,7 @@ class RootRole(Role):
         self._averages: tuple[Tensor, ...] = ()
         self._kept_averages: Averages | None = None
         if options.ema is not None:
-            averages = self._joint.averages(memory)
+            averages = self._distributed.averages(memory)
             self._flat.store(averages)
             self._averages = averages.tensors
         self._update = Update(
@@ -114,7 +114,7 @@ class RootRole(Role):
     def _take(self, closed: ClosedStep) -> None:
         """Update everything that the next version publishes; nothing if the mean is not finite."""
         self._warn_of_equals(closed)
-        split = self._joint.presence_bytes
+        split = self._distributed.presence_bytes
         if (spans := self._update.spans(self._flat.places)) and closed.fused_sgd_step(spans):
             for parameter in self._flat.parameters:
                 parameter.grad = None  # there is no mean; an earlier step's would mislead
@@ -163,7 +163,7 @@ class RootRole(Role):
     def fill(self, twin: FlatModel, *, average: bool) -> int:
         """Write the newest parameters and buffers into a copy of the model, and return their version."""
         memory = self._participant.parameters
-        twin.load((self._joint.averages if average else self._joint.parameters)(memory))
+        twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._extras))
         return self.version
 

@@ -51,8 +51,8 @@ class WorkerRole(Role):
     def __init__(
         self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
     ) -> None:
-        self._joint = DistributedModel(comm, model, optimizer, options, "")
-        self._participant, self._flat = self._joint.participant, self._joint.flat
+        self._distributed = DistributedModel(comm, model, optimizer, options, "")
+        self._participant, self._flat = self._distributed.participant, self._distributed.flat
         self._seed = options.seed
         self._worker = self._participant.worker()
         self.worker, self.workers = comm.rank, comm.size - 1
@@ -61,14 +61,14 @@ class WorkerRole(Role):
         self._slot = self._flat.views(link.layout.arrays(link.gradient))
         extras = link.layout.extras(link.gradient)
         self._presence = extras[: len(self._flat.parameters)]
-        self._buffers = self._flat.buffers.views(extras[self._joint.presence_bytes :])
+        self._buffers = self._flat.buffers.views(extras[self._distributed.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
         self._memory = link.parameters if in_place else self._participant.memory.allocate(link.published.size_bytes)
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
-        self._flat.bind(self._joint.parameters(self._memory))
+        self._flat.bind(self._distributed.parameters(self._memory))
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
         self._groups = GroupWatch(optimizer)
@@ -237,7 +237,7 @@ class WorkerRole(Role):
         """Write the newest parameters and buffers, whole, into a copy of the model, and return their version."""
         memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
-        twin.load((self._joint.averages if average else self._joint.parameters)(memory))
+        twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
         twin.buffers.load(twin.buffers.views(self._participant.published.extras(memory)))
         return version
 
@@ -253,7 +253,7 @@ class WorkerRole(Role):
                 if self._schedule.lags(self.version):
                     self._schedule.follow(self.version)
                 if self._has_average:
-                    views = self._joint.averages(self._worker.link.parameters)
+                    views = self._distributed.averages(self._worker.link.parameters)
                     pairs = zip(self._flat.parameters, views.tensors, strict=True)
                     self._kept_averages = [(parameter, view.clone()) for parameter, view in pairs]
         finally:
