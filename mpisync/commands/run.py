@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 
-from mpisync import launchers, settings
+from mpisync import launchers, settings, watcher
 from mpisync.policies import parse_policy
 
 NAME = "run"
@@ -84,6 +84,8 @@ def main(options: argparse.Namespace) -> int:
         print(shlex.join(command))
         return 0
     sys.stdout.flush()
+    if options.ulfm:  # before there are ranks: those that do not come to `import mpisync` are watched too
+        watcher.start(os.getpid(), environ)
     os.execve(command[0], command, environ)
 
 
