@@ -174,7 +174,8 @@ class Watcher:
             is_mpirun = siblings.name(self._daemon.pid) != "prted"
             for process in [self._daemon] if is_mpirun else self._living():
                 process.ask()
-        self._wait_while(lambda: bool(self._living()), _ASKED_S)
+        # mpirun may leave ranks behind
+        self._wait_while(lambda: bool(self._living()) and self._daemon.lives(), _ASKED_S)
         for process in self._started.values():
             process.kill()
         self._wait_while(self._daemon.lives, _KILLED_S)

@@ -67,8 +67,8 @@ AT = "if rank == {who}: fault(0); {end}"
 PLACES = {
     "before all": lambda end: EARLY + AT.format(who=1, end=end) + "\ncomm.Barrier()",
     "before the reduction": lambda end: script(before=AT.format(who=1, end=end)),
-    "in a worker": lambda end: script(at_worker=f"if rank == 1 and count == 5: fault(0); {end}", backup=1),
-    "in the root": lambda end: script(at_root=f"if step.step == 5: fault(0); {end}", backup=1),
+    "in a worker": lambda end: script(at_worker=f"if rank == 1 and count == 5: fault(0); {end}", steps=10**6),
+    "in the root": lambda end: script(at_root=f"if step.step == 5: fault(0); {end}", steps=10**6),
     "at a barrier": lambda end: script(steps=5) + AT.format(who=0, end=end) + "\ncomm.Barrier()",
     "in finalize": lambda end: script(steps=5) + AT.format(who=0, end="time.sleep(1); " + end),
 }

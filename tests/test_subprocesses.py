@@ -43,7 +43,7 @@ FIRST = {
 }
 
 
-def script(method, first, persistent, steps=20, in_loop="pass"):
+def script(method, first, persistent, steps=10, in_loop="pass"):
     alone = 3 if method == "fork" else 1
     return SCRIPT.format(
         imports=FIRST[first], persistent=persistent, method=method, steps=steps, in_loop=in_loop, alone=alone
@@ -63,7 +63,7 @@ def script(method, first, persistent, steps=20, in_loop="pass"):
 def test_the_workers_of_a_loader_start_whatever_the_method(launch_arguments, method, first, persistent):
     code = script(method, first, persistent)
     run = check(run_script(3, code, timeout_s=5 * LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stderr == "" and sorted(run.stdout.splitlines()) == [f"done {rank} 20 True" for rank in range(3)]
+    assert run.stderr == "" and sorted(run.stdout.splitlines()) == [f"done {rank} 10 True" for rank in range(3)]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
