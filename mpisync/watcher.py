@@ -47,7 +47,7 @@ def start(daemon: int, environ: Mapping[str, str] = os.environ) -> None:
             # -S, -E: it needs the standard library alone
             [sys.executable, "-S", "-E", "-c", _PROGRAM, package, str(sock.fileno()), str(daemon)],
             launchers.without_link(environ),
-            file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)],
+            file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)],
             setsid=True,  # it outlives the ranks when their groups are killed
         )
 
@@ -111,8 +111,6 @@ class Watcher:
         """Return when the job has ended, by itself or not."""
         while self._daemon.lives():
             self._look(_LOOK_S)
-            if self._goodbyes and len(self._goodbyes) == self._expected:
-                os.dup2(1, 2)  # the launcher waits until nobody can write any more
             gone = self._gone()
             if gone and not self._failed:
                 self._wait_while(lambda: bool(self._living()) and not self._failed, _SETTLE_S)
@@ -160,6 +158,13 @@ class Watcher:
     def _living(self) -> list[_Process]:
         return [process for process in self._ranks.values() if process.lives()]
 
+    def _say(self, text: str) -> None:
+        """Print by a rank's stderr: the launcher reads what living ranks write, and waits for whoever holds it."""
+        for process in self._living():
+            with contextlib.suppress(OSError), open(f"/proc/{process.pid}/fd/2", "a") as stderr:
+                print(text, file=stderr)
+                return
+
     def _wait_while(self, condition: Callable[[], bool], limit_s: float) -> None:
         end_s = time.monotonic() + limit_s
         while condition() and time.monotonic() < end_s:
@@ -168,7 +173,7 @@ class Watcher:
     def _end(self, gone: list[str]) -> None:
         """End the job: its ranks here, and wherever else it runs."""
         if self._living() and not self._failed:  # else a traceback, or a line, has said why
-            print(f"mpisync: {', '.join(gone)} did not come to the end: the job is ended", file=sys.stderr, flush=True)
+            self._say(f"mpisync: {', '.join(gone)} did not come to the end: the job is ended")
         if self._living():
             time.sleep(_HEARD_S)
             is_mpirun = siblings.name(self._daemon.pid) != "prted"
