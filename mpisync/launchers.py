@@ -97,13 +97,13 @@ def has_ulfm(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "enabled")
 
 
-_LINK = re.compile(r"PMIX_(?!MCA_)|PMI\d?_|HYDI?_|OMPI_MCA_(ess|orte)_?|PRTE_LAUNCHED")
+_LINK = re.compile(r"PMIX_(?!MCA_)|PMI\d?_(?!RANK|SIZE)|HYDI?_|OMPI_MCA_(ess|orte)_?|PRTE_LAUNCHED")
 
 
 def without_link(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return an environment in which MPI starts alone: without what leads to the launcher.
 
-    What says where the rank stands (OMPI_COMM_WORLD_RANK and the like) stays, for scripts that read it.
+    What says where the rank stands (OMPI_COMM_WORLD_RANK, PMI_RANK and the like) stays, for scripts that read it.
     """
     return {name: text for name, text in environ.items() if not _LINK.match(name)}
 
