@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", default="", metavar="FILE", help="a file of hosts, likewise")
     parser.add_argument(
         "--ulfm", action="store_true",
-        help="start with ULFM, so that a dead rank does not end the job (Open MPI 5: --with-ft ulfm)",
+        help="start with ULFM (Open MPI 5: --with-ft ulfm); mpisync ends the job when a rank dies, as without",
     )
     parser.add_argument(
         "--launcher-args", default="", metavar="TEXT",
