@@ -3,7 +3,8 @@
 MPI_Finalize waits for every rank, and spins. So an exception that nobody catches must not just end its process: its
 traceback is shown and the job aborted; so is a `sys.exit` with an error that leaves others behind. A rank that merely
 ends is marked as ending and says, after a while, for whom its exit waits; one that hangs when all others have ended is
-killed. Under ULFM, where the launcher and MPI_Abort end no job, our own watcher does. `install` sets this up in processes that an MPI launcher started; elsewhere nothing is touched.
+killed. Under ULFM, where the launcher and MPI_Abort end no job, our own watcher does. `install` sets this up in
+processes that an MPI launcher started as ranks; elsewhere nothing is touched.
 """
 
 from __future__ import annotations

@@ -131,6 +131,22 @@ def test_a_signal_to_the_launcher_ends_the_job(launch_arguments, number):
     assert "did not come to the end" not in run.stderr, "nobody is to blame"
 
 
+def test_what_fails_in_a_fork_of_a_rank_ends_nothing(launch_arguments):
+    code = HEAD + """
+if rank == 1 and os.fork() == 0:
+    try:
+        raise OSError("in a fork")
+    except OSError:
+        sys.excepthook(*sys.exc_info())
+    os._exit(0)
+comm.Barrier()
+time.sleep(1)
+say("done")
+"""
+    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
+    assert run.stdout.count("done") == 5 and "OSError: in a fork" in run.stderr
+
+
 def test_ending_well_is_silent(launch_arguments):
     run = check(run_script(5, script(), timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
     assert run.stderr == "" and run.stdout.count("done") == 5

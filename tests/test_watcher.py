@@ -46,23 +46,26 @@ def start(behind, *, before="", name="mpirun"):
     began_s = time.monotonic()
     env = {**environment(), "WATCHED": f"{os.getpid()}-{began_s}"}
     script = RANK.format(before=before, behind=behind)
-    job = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, name, script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=40
-    )
-    took_s = time.monotonic() - began_s
-    end_s = time.monotonic() + 2.0
-    while left := _with(f"WATCHED={env['WATCHED']}"):
-        assert time.monotonic() < end_s, f"left behind: {left}"
-        time.sleep(0.05)
+    command = [sys.executable, "-c", LAUNCHER, name, script]
+    try:
+        job = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=25)
+        took_s = time.monotonic() - began_s
+        end_s = time.monotonic() + 2.0
+        while left := _with(f"WATCHED={env['WATCHED']}"):
+            assert time.monotonic() < end_s, f"left behind: {left}"
+            time.sleep(0.05)
+    finally:
+        for pid in _with(f"WATCHED={env['WATCHED']}"):
+            os.kill(pid, 9)
     return job, took_s
 
 
 def _with(entry):
-    found = []
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if entry.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append((folder / "cmdline").read_bytes()[:80])
+                found[int(folder.name)] = (folder / "cmdline").read_bytes()[:80]
         except OSError:
             pass
     return found
