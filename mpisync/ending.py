@@ -3,13 +3,15 @@
 MPI_Finalize waits for every rank, and spins. So an exception that nobody catches must not just end its process: its
 traceback is shown and the job aborted; so is a `sys.exit` with an error that leaves others behind. A rank that merely
 ends is marked as ending and says, after a while, for whom its exit waits; one that hangs when all others have ended is
-killed. `install` sets this up in processes that an MPI launcher started; elsewhere nothing is touched.
+killed. Under ULFM, where the launcher and MPI_Abort end no job, our own watcher does. `install` sets this up in
+processes that an MPI launcher started as ranks; elsewhere nothing is touched.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import os
 import sys
 import threading
 import time
@@ -17,22 +19,29 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from mpisync import launchers, siblings
+from mpisync import launchers, siblings, subprocesses, watcher
 
 _ECHO_S = 1.0  # the rank where it began is given so long to show its traceback first
 _FAILED_S, _ENDED_S = 3.0, 10.0  # how long others are given to end too, behind an error and without
-_installed = False
+_rank: launchers.Placement | None = None  # of this process; None where it is none, or not set up
+_watched_by: int | None = None  # the launcher's daemon, where our watcher ends the job in its stead
 _last_exit: tuple[object, FrameType, int] | None = None  # of `sys.exit`: its code, the script, and where that was
 _hung: dict[int, tuple[str, Callable[[], object]]] = {}
 
 
 def install() -> None:
-    """Hook the ends of this process, once, if a launcher started several of it."""
-    global _installed
+    """Hook the ends of this process, once, if a launcher started several of it as ranks."""
+    global _rank, _watched_by
     placement = launchers.placement()
-    if _installed or placement is None or placement.size < 2:
+    if _rank is not None or placement is None or placement.size < 2 or subprocesses.is_below_rank():
         return
-    _installed = True
+    _rank = placement
+    subprocesses.set_apart()
+    if launchers.has_ulfm() and (daemon := siblings.daemon_of(os.getpid())) is not None:
+        watcher.start(daemon)
+        watcher.tell(daemon, "hello", placement.rank)
+        _watched_by = daemon
+    os.register_at_fork(after_in_child=_forget)
     sys.excepthook = _abort_on(sys.excepthook)
     sys.exit = _remembering(sys.exit)
     atexit.register(_at_exit)
@@ -43,22 +52,37 @@ def kill_at_exit(pid: int, name: str, kill: Callable[[], object]) -> None:
     _hung[pid] = name, kill
 
 
+def _forget() -> None:
+    """A process that was forked from a rank is none."""
+    global _rank
+    _rank = None
+
+
 def _abort_on(show: Callable[..., Any]) -> Callable[..., None]:
     def hook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        MPI = _running_mpi()
-        if getattr(error, "is_echo", False):  # another rank's traceback says more
+        if _rank is not None and getattr(error, "is_echo", False):  # another rank's traceback says more
             print(f"mpisync: {kind.__name__}: {error}", file=sys.stderr, flush=True)
             time.sleep(_ECHO_S)
         else:
             show(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if MPI is not None:
-            MPI.COMM_WORLD.Abort(1)
+        _abort(1)
 
     return hook
+
+
+def _abort(code: int) -> None:
+    """End the job, if this is a rank of one that others wait in."""
+    if _rank is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _watched_by is not None:  # MPI_Abort would end this rank alone, or hang
+        watcher.tell(_watched_by, "failed", _rank.rank)
+        os._exit(code)
+    if (MPI := _running_mpi()) is not None:
+        MPI.COMM_WORLD.Abort(code)
 
 
 def _remembering(leave: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
@@ -96,12 +120,20 @@ def _running_mpi() -> Any | None:
 
 
 def _at_exit() -> None:
-    siblings.mark(siblings.ENDED)
-    MPI, code = _running_mpi(), _exit_code()
-    if not _hung and MPI is not None:
-        _wait_for_others(MPI, code)
-    if not _hung:
+    if _rank is None:
         return
+    siblings.mark(siblings.ENDED)
+    code = _exit_code()
+    if not _hung and (_running_mpi() is not None or (code and _watched_by is not None)):
+        _wait_for_others(code)
+    if _hung:
+        _kill_hung()
+    if _watched_by is not None:
+        watcher.tell(_watched_by, "goodbye", _rank.rank)
+
+
+def _kill_hung() -> None:
+    """Kill the hanging once all others are at their end."""
     hung = {sibling.rank for sibling in siblings.find() if sibling.pid in _hung}
     while any(s.rank not in hung for s in _running()):
         time.sleep(0.1)
@@ -114,13 +146,14 @@ def _at_exit() -> None:
             flush=True,
         )
         kill()
-    if late and MPI is not None:
+    if late:
         # everyone on the node is at the end; under ULFM the launcher forgives the kill, and MPI_Finalize may hang on it
-        MPI.COMM_WORLD.Abort(1)
+        _abort(1)
 
 
-def _wait_for_others(MPI: Any, code: int) -> None:
+def _wait_for_others(code: int) -> None:
     """Sleep while others run, for a while: MPI_Finalize would spin. Behind an error, end them."""
+    assert _rank is not None
     end_s = time.monotonic() + (_FAILED_S if code else _ENDED_S)
     idle_s = 1e-3
     while (others := _running()) and time.monotonic() < end_s:
@@ -128,14 +161,14 @@ def _wait_for_others(MPI: Any, code: int) -> None:
         idle_s = min(2 * idle_s, 0.2)
     names = ", ".join(map(str, others))
     if others and not code:
-        print(f"mpisync: rank {MPI.COMM_WORLD.rank} has ended; its exit waits for {names}", file=sys.stderr, flush=True)
+        print(f"mpisync: rank {_rank.rank} has ended; its exit waits for {names}", file=sys.stderr, flush=True)
     elif others:
         print(
-            f"mpisync: rank {MPI.COMM_WORLD.rank} exits with {code} and {names} would wait for it: the job is aborted",
+            f"mpisync: rank {_rank.rank} exits with {code} and {names} would wait for it: the job is aborted",
             file=sys.stderr,
             flush=True,
         )
-        MPI.COMM_WORLD.Abort(code)
+        _abort(code)
 
 
 def _running() -> list[siblings.Sibling]:

@@ -92,6 +92,22 @@ def expected_size(environ: Mapping[str, str] = os.environ) -> tuple[int, str] | 
     return (found.size, found.launcher) if found else None
 
 
+def has_ulfm(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether ranks outlive each other: then the launcher ends no job because one of them failed."""
+    return environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "enabled")
+
+
+_LINK = re.compile(r"PMIX_(?!MCA_)|PMI\d?_(?!RANK|SIZE)|HYDI?_|OMPI_MCA_(ess|orte)_?|PRTE_LAUNCHED")
+
+
+def without_link(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment in which MPI starts alone: without what leads to the launcher.
+
+    What says where the rank stands (OMPI_COMM_WORLD_RANK, PMI_RANK and the like) stays, for scripts that read it.
+    """
+    return {name: text for name, text in environ.items() if not _LINK.match(name)}
+
+
 # -- the library that mpi4py loads ------------------------------------------------------------
 
 _PROBE = """

@@ -13,11 +13,19 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 WAITS, ENDED = "mpisync:waits", "mpisync:ended"
-_RANKS = (b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=", b"SLURM_PROCID=")
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _PR_SET_NAME = 15
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What the kernel says of a process; `started` tells it from a later one with its pid."""
+
+    state: str
+    parent: int
+    started: int
 
 
 @dataclass(frozen=True)
@@ -34,20 +42,6 @@ class Sibling:
         return f"rank {self.rank} (pid {self.pid}{stopped})"
 
 
-class Stat(NamedTuple):
-    """The state of a process, as the kernel tells it."""
-
-    state: str  # one letter: "R", "S", "T" stopped, "Z" ended, …
-    parent: int
-    started: int  # clock ticks: a pid that was used again is another process
-
-
-def stat(pid: int) -> Stat | None:
-    """Read a process's /proc/PID/stat; None where there is none."""
-    fields = _read(str(pid), "stat").decode(errors="replace").rpartition(")")[2].split()
-    return Stat(fields[0], int(fields[1]), int(fields[19])) if fields else None
-
-
 def mark(word: str) -> None:
     """Show `word` to the other ranks, in place of the main thread's name."""
     with contextlib.suppress(OSError, AttributeError):
@@ -57,7 +51,7 @@ def mark(word: str) -> None:
 @contextlib.contextmanager
 def marked(word: str) -> Iterator[None]:
     """Show `word` for a while."""
-    before = _read("self", "comm").decode().strip()
+    before = name("self")
     mark(word)
     try:
         yield
@@ -67,33 +61,37 @@ def marked(word: str) -> Iterator[None]:
 
 
 def find() -> list[Sibling]:
-    """Return every process of this job on this node, by rank; this one too."""
-    daemon = _daemon(os.getpid())
+    """Every process of this job on this node, by rank; this one's too."""
+    daemon = daemon_of(os.getpid())
     found = []
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        if entry.isdigit() and daemon is not None:
-            rank = _rank(entry)
-            if rank is not None and _daemon(int(entry)) == daemon:
-                now = stat(int(entry))
-                if now and now.state not in "ZX":
-                    name = _read(entry, "comm").decode().strip()
-                    found.append(Sibling(rank, int(entry), name, now.state))
+    for pid in _pids() if daemon is not None else []:
+        rank = _rank(pid)
+        if rank is not None and daemon_of(pid) == daemon:
+            now = stat(pid)
+            if now is not None:
+                found.append(Sibling(rank, pid, name(pid), now.state))
     return sorted(found, key=lambda sibling: (sibling.rank, sibling.pid))
 
 
+def launched_by(daemon: int) -> dict[int, int]:
+    """The processes that a launcher's daemon started as ranks, by rank."""
+    children = [pid for pid in _pids() if (now := stat(pid)) is not None and now.parent == daemon]
+    return {rank: pid for pid in children if (rank := _rank(pid)) is not None}
+
+
 def first_of_each(found: Iterable[Sibling], word: str) -> list[Sibling]:
-    """Return one process a rank, by rank: the one that shows `word`, if any does."""
+    """One process a rank, by rank: the one that shows `word`, if any does."""
     return sorted(
         {s.rank: s for s in sorted(found, key=lambda s: (s.mark == word, -s.pid))}.values(),
         key=lambda sibling: sibling.rank,
     )
 
 
-def _daemon(pid: int) -> int | None:
-    """Return the nearest ancestor that is no rank: the launcher's daemon on this node."""
-    if _rank(str(pid)) is None:
+def daemon_of(pid: int) -> int | None:
+    """The nearest ancestor that is no rank: the launcher's daemon on this node."""
+    if _rank(pid) is None:
         return None
-    while _rank(str(pid)) is not None:
+    while _rank(pid) is not None:
         now = stat(pid)
         if now is None:
             return None
@@ -101,17 +99,37 @@ def _daemon(pid: int) -> int | None:
     return pid
 
 
-def _rank(pid: str) -> int | None:
-    environ = _read(pid, "environ").split(b"\0")
-    for name in _RANKS:
-        for entry in environ:
-            if entry.startswith(name) and entry[len(name) :].isdigit():
-                return int(entry[len(name) :])
+def stat(pid: int) -> Stat | None:
+    """What the kernel says of a process; None where it has ended."""
+    fields = _read(pid, "stat").decode(errors="replace").rpartition(")")[2].split()
+    if not fields or fields[0] in "ZX":
+        return None
+    return Stat(fields[0], int(fields[1]), int(fields[19]))
+
+
+def name(pid: int | str) -> str:
+    """The name of a process's main thread."""
+    return _read(pid, "comm").decode(errors="replace").strip()
+
+
+def variable(pid: int, name: str) -> str | None:
+    """An environment variable that a process was started with."""
+    for entry in _read(pid, "environ").split(b"\0"):
+        if entry.startswith(f"{name}=".encode()):
+            return entry.decode(errors="replace").partition("=")[2]
     return None
 
 
-def _read(pid: str, name: str) -> bytes:
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if os.path.isdir("/proc") else []
+
+
+def _rank(pid: int) -> int | None:
+    return next((int(text) for name in _RANKS if (text := variable(pid, name)) and text.isdigit()), None)
+
+
+def _read(pid: int | str, name: str) -> bytes:
     try:
-        return Path("/proc", pid, name).read_bytes()
+        return Path("/proc", str(pid), name).read_bytes()
     except OSError:
         return b""

@@ -20,13 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from mpisync import launchers
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "MPITEST_RUN"
 STACKS = signal.SIGRTMIN + 7  # tests/site/sitecustomize.py answers it
 # What a launcher left in our own environment would make a job inside believe that it is a rank.
-_NOT_INHERITED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "PYTHONUNBUFFERED")
+_NOT_INHERITED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "_MPISYNC_", "PYTHONUNBUFFERED")
 _HARNESS = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -58,6 +60,17 @@ def launcher() -> tuple[launchers.Launcher, launchers.Library]:
     """Return the launcher of the MPI that this interpreter's mpi4py loads, and that MPI."""
     library = launchers.find_library()
     return launchers.find_launcher(library), library
+
+
+@pytest.fixture(params=["plain", "ulfm"])
+def launch_arguments(request):
+    """The launcher's, without ULFM and with it: there ranks outlive another's death, where this MPI has it."""
+    if request.param == "plain":
+        return []
+    _, library = launcher()
+    if library.family != "openmpi" or library.version < (5,):
+        pytest.skip("this MPI has no ULFM: Open MPI 5 has")
+    return ["--with-ft", "ulfm"]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

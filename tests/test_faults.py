@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from launch import launcher, run_script, start_script
+from launch import run_script, start_script
 
 LIMIT_S = 30.0  # of a job; ENDS_S is what it may take after the fault
 ENDS_S = 10.0
@@ -62,11 +62,94 @@ def check(run, *said, fails=True):
     return run
 
 
-def test_an_exception_before_the_reduction_ends_the_job():
-    before = "if rank == 1: fault(0); raise OSError('no such data set')"
-    run = run_script(3, script(before=before), timeout_s=LIMIT_S)
-    check(run, "OSError: no such data set", "Traceback")
-    assert "done" not in run.stdout
+# Where rank WHO fails, by ENDS, and what the others do meanwhile.
+AT = "if rank == {who}: fault(0); {end}"
+PLACES = {
+    "before all": lambda end: EARLY + AT.format(who=1, end=end) + "\ncomm.Barrier()",
+    "before the reduction": lambda end: script(before=AT.format(who=1, end=end)),
+    "in a worker": lambda end: script(at_worker=f"if rank == 1 and count == 5: fault(0); {end}", steps=10**6),
+    "in the root": lambda end: script(at_root=f"if step.step == 5: fault(0); {end}", steps=10**6),
+    "at a barrier": lambda end: script(steps=5) + AT.format(who=0, end=end) + "\ncomm.Barrier()",
+    "in finalize": lambda end: script(steps=5) + AT.format(who=0, end="time.sleep(1); " + end),
+}
+ENDS = {
+    "an exception": "raise OSError('on purpose')",
+    "an interrupt": "raise KeyboardInterrupt",
+    "an exit": "sys.exit(3)",
+    "a bare exit": "os._exit(3)",
+    "a kill": "os.kill(os.getpid(), 9)",
+}
+EARLY = """
+import os, sys, time
+import mpisync
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+rank = comm.rank
+def fault(why):
+    print(rank, "fault", f"{time.time():.3f}", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "end"),
+    [
+        *((place, end) for place in PLACES for end in ("an exception", "an exit", "a bare exit")),
+        *((place, "a kill") for place in ("before the reduction", "in a worker", "in the root", "in finalize")),
+        ("in a worker", "an interrupt"),
+    ],
+)
+def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, end):
+    code = PLACES[place](ENDS[end])
+    run = check(run_script(5, code, timeout_s=2 * LIMIT_S, launcher_args=launch_arguments))
+    assert " fault " in run.stdout
+    if end == "an exception":
+        assert "OSError: on purpose" in run.stderr and run.stderr.count("Traceback") == 1
+    if place != "at a barrier" and place != "in finalize":
+        assert "done" not in run.stdout
+
+
+def test_two_ranks_that_fail_at_once_both_say_why(launch_arguments):
+    code = script(before="comm.Barrier()\nif rank < 2: fault(0); raise OSError(f'on purpose by {rank}')")
+    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments))
+    assert 1 <= run.stderr.count("OSError: on purpose by") <= 2  # the first may end the job before the second speaks
+
+
+def test_an_error_at_import_on_one_rank_ends_the_job(launch_arguments):
+    code = EARLY.replace("comm =", "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '1':\n"
+                         "    import no_such_module\ncomm =") + "comm.Barrier()"
+    check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), "ModuleNotFoundError")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_the_job(launch_arguments, number):
+    with start_script(5, script(at_worker="say('count', count)", steps=10**6), launcher_args=launch_arguments) as job:
+        job.wait_for("0 count 5\n")
+        os.kill(job.process.pid, number)
+        sent_s = time.monotonic()
+        run = check(job.finish(2 * LIMIT_S))
+        assert time.monotonic() - sent_s < ENDS_S + 2.0
+    assert "did not come to the end" not in run.stderr, "nobody is to blame"
+
+
+def test_what_fails_in_a_fork_of_a_rank_ends_nothing(launch_arguments):
+    code = HEAD + """
+if rank == 1 and os.fork() == 0:
+    try:
+        raise OSError("in a fork")
+    except OSError:
+        sys.excepthook(*sys.exc_info())
+    os._exit(0)
+comm.Barrier()
+time.sleep(1)
+say("done")
+"""
+    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
+    assert run.stdout.count("done") == 5 and "OSError: in a fork" in run.stderr
+
+
+def test_ending_well_is_silent(launch_arguments):
+    run = check(run_script(5, script(), timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
+    assert run.stderr == "" and run.stdout.count("done") == 5
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])
@@ -96,14 +179,10 @@ def test_an_exception_in_the_roots_loop_ends_the_job_with_its_traceback(transpor
     assert "done" not in run.stdout
 
 
-def test_an_exception_after_the_reduction_ends_the_job():
-    code = script(steps=5) + "if rank == 0: fault(0); raise KeyError('afterwards')\ncomm.Barrier()"
-    check(run_script(3, code, timeout_s=LIMIT_S), "KeyError: 'afterwards'")
-
-
-def test_a_rank_that_exits_before_the_reduction_is_named():
+def test_a_rank_that_exits_before_the_reduction_is_named(launch_arguments):
     before = "if rank == 1: fault(0); sys.exit(0)"
-    run = check(run_script(3, script(before=before), timeout_s=LIMIT_S), "rank 1", "ended while")
+    run = run_script(5, script(before=before), timeout_s=LIMIT_S, launcher_args=launch_arguments)
+    check(run, "rank 1", "ended while")
     assert "done" not in run.stdout
 
 
@@ -211,20 +290,6 @@ if world.rank % 2 == 0:
     assert run.stdout.count("done") == 3 and run.stderr == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("who", [1, 3])
-def test_a_killed_rank_ends_the_job(number, who):
-    if who == 3:
-        place = {"at_root": "if step.step == 9: fault(0); os.kill(os.getpid(), NUMBER)"}
-    else:
-        place = {"at_worker": "if rank == 1 and count == 9: fault(0); os.kill(os.getpid(), NUMBER)"}
-    place = {key: value.replace("NUMBER", str(int(number))) for key, value in place.items()}
-    slowly = "time.sleep(0.02); " + place.pop("at_worker", "pass")
-    code = script(backup=1, steps=2000, at_worker=slowly, **place)
-    run = check(run_script(4, code, timeout_s=LIMIT_S))
-    assert "done" not in run.stdout
-
-
 def test_a_rank_that_never_comes_is_named_and_the_wait_has_an_end():
     before = "if rank == 1: fault(0); time.sleep(60)"
     env = {"MPISYNC_STALL_REPORT_S": "1", "MPISYNC_START_TIMEOUT_S": "3"}
@@ -232,27 +297,8 @@ def test_a_rank_that_never_comes_is_named_and_the_wait_has_an_end():
     check(run, "waits for 1 s for rank 1 (pid", "after 3 s not all 3 ranks have come", "missing")
 
 
-def ulfm():
-    """Launcher arguments with which ranks outlive another's death, where there are any."""
-    found, library = launcher()
-    if library.family == "openmpi" and library.version >= (5,):
-        return ULFM
-    return None
-
-
-ULFM = ["--with-ft", "ulfm"]
-LAUNCHES = [
-    pytest.param([], "shared", id="plain-shared"),
-    pytest.param([], "messages", id="plain-messages"),
-    pytest.param(ULFM, "shared", id="ulfm-shared"),
-    pytest.param(ULFM, "messages", id="ulfm-messages"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "transport"), LAUNCHES)
-def test_a_stopped_worker_delays_nothing_and_is_killed_at_the_end(arguments, transport):
-    if arguments and ulfm() is None:
-        pytest.skip("this MPI has no ULFM: Open MPI 5 has")
+@pytest.mark.parametrize("transport", ["shared", "messages"])
+def test_a_stopped_worker_delays_nothing_and_is_killed_at_the_end(launch_arguments, transport):
     at_worker = (
         "time.sleep(0.01)\n"
         "            if rank == 1 and count == 9:\n"
@@ -260,7 +306,7 @@ def test_a_stopped_worker_delays_nothing_and_is_killed_at_the_end(arguments, tra
     )
     code = script(backup=1, steps=100, at_worker=at_worker)
     env = {"MPISYNC_TRANSPORT": transport}
-    run = run_script(4, code, timeout_s=LIMIT_S + 15.0, launcher_args=arguments, env=env)
+    run = run_script(4, code, timeout_s=LIMIT_S + 15.0, launcher_args=launch_arguments, env=env)
     ended_s = time.time() - 2.0  # which the clean-up may take
     said = ("rank 1 (", "did not come to the end of the training at version 100")
     check(run, *said, fails=True)
@@ -298,8 +344,3 @@ def test_a_collective_of_the_users_in_the_loop_is_guessed_at():
     env = {"MPISYNC_STALL_REPORT_S": "1"}
     with start_script(3, script(at_worker=at_worker, steps=5), env=env) as job:
         job.wait_for("calls an MPI collective inside the loop", "stderr", LIMIT_S)
-
-
-def test_ending_well_is_silent():
-    run = check(run_script(3, script(), timeout_s=LIMIT_S), fails=False)
-    assert run.stderr == "" and run.stdout.count("done") == 3

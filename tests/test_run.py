@@ -1,6 +1,7 @@
 """`mpisync run` as users type it: it finds the launcher, becomes it, and hands everything through."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -74,6 +75,27 @@ def test_a_signal_reaches_the_job(folder):
         job.send_signal(signal.SIGTERM)
         job.communicate(timeout=30)
     assert job.returncode != 0 and time.monotonic() - started_s < 15
+
+
+@pytest.mark.parametrize("launch_arguments", ["ulfm"], indirect=True)
+@pytest.mark.parametrize("dies", ["os._exit(3)", "os.kill(os.getpid(), 9)", "raise OSError('on purpose')"])
+def test_under_ulfm_a_rank_that_ends_before_it_imports_anything_ends_the_job(folder, launch_arguments, dies):
+    """The others wait in MPI_Init, where no Python runs, and have not imported mpisync."""
+    (folder / "early.py").write_text(
+        "import os, time\n"
+        f"if os.environ['OMPI_COMM_WORLD_RANK'] == '1': time.sleep(1); {dies}\n"
+        "from mpi4py import MPI\n"
+        "import mpisync"
+    )
+    began_s = time.monotonic()
+    run = mpisync_run("--ulfm", "-n", "5", "early.py", cwd=folder)
+    assert run.returncode != 0 and time.monotonic() - began_s < 20
+    assert re.search(r"mpisync: rank 1 \(pid \d+\) did not come to the end: the job is ended\n", run.stderr), run.stderr
+
+
+def test_under_ulfm_a_good_end_is_a_plain_one(folder, launch_arguments):
+    run = mpisync_run(*(["--ulfm"] if launch_arguments else []), "-n", "5", "hello.py", cwd=folder)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 5 and run.stderr == ""
 
 
 @pytest.mark.parametrize(

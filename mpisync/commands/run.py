@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 
-from mpisync import launchers, settings
+from mpisync import launchers, settings, watcher
 from mpisync.policies import parse_policy
 
 NAME = "run"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", default="", metavar="FILE", help="a file of hosts, likewise")
     parser.add_argument(
         "--ulfm", action="store_true",
-        help="start with ULFM, so that a dead rank does not end the job (Open MPI 5: --with-ft ulfm)",
+        help="start with ULFM (Open MPI 5: --with-ft ulfm); mpisync ends the job when a rank dies, as without",
     )
     parser.add_argument(
         "--launcher-args", default="", metavar="TEXT",
@@ -84,6 +84,8 @@ def main(options: argparse.Namespace) -> int:
         print(shlex.join(command))
         return 0
     sys.stdout.flush()
+    if options.ulfm:  # before there are ranks: those that do not come to `import mpisync` are watched too
+        watcher.start(os.getpid(), environ)
     os.execve(command[0], command, environ)
 
 

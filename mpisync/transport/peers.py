@@ -53,7 +53,7 @@ class Peer:
         Meaningful only for a peer that this process `sees`.
         """
         now = stat(self.pid)
-        if now is None or now.started != self.started or now.state in "ZX":
+        if now is None or now.started != self.started:
             return None
         return now.state
 

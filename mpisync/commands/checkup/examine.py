@@ -18,7 +18,7 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     node_checks.cores,
     node_checks.threads,
     node_checks.packages,
-    node_checks.fork,
+    node_checks.data_loading,
     node_checks.gpus,
     node_checks.network,
     node_checks.settings,

@@ -156,13 +156,13 @@ def threads(case: Case) -> Iterator[Finding]:
 
 
 def ulfm(case: Case) -> Iterator[Finding]:
-    """Say whether MPI lets a job outlive a rank."""
+    """Say whether MPI lets a job outlive a rank, and that mpisync does not yet."""
     first = case.first
     if first.mpi is None or case.apart or not first.start.size:
         return
     on = [rank for rank, probe in enumerate(case.ranks) if probe.start.ulfm]
     if on:
-        yield Finding("dead ranks", f"ULFM is on: a rank that dies need not end the job{who(case, on)}")
+        yield Finding("dead ranks", f"ULFM is on{who(case, on)}; mpisync ends the job all the same when a rank dies")
     elif first.mpi.family == "openmpi" and first.mpi.version >= (5,):
         how = "`mpisync run --ulfm` or `mpirun --with-ft ulfm --mca pml ob1` has it on"
         yield Finding("dead ranks", f"ULFM is off, so a rank that dies ends the job; {how}")

@@ -171,23 +171,32 @@ def packages(case: Case) -> Iterator[Finding]:
         yield Finding("packages", "no torch", "pip install torch, if you want Session; PartialReduce does without")
 
 
-def fork(case: Case) -> Iterator[Finding]:
-    """Say whether a DataLoader's workers may be forked after MPI has started."""
-    first, remedy = case.first, 'DataLoader(..., multiprocessing_context="forkserver")'
-    problems = [rank for rank, probe in enumerate(case.ranks) if probe.start.fork]
-    if problems:
-        why = case.ranks[problems[0]].start.fork
-        says = f"a process forked after MPI had started {why}{who(case, problems)}"
-        yield Finding("data loading", says, f"with num_workers > 0: {remedy}", must=True)
-    elif first.start_method != "fork":
-        yield Finding("data loading", f"workers of a DataLoader start by {first.start_method}, which MPI does not mind")
-    elif any(probe.infiniband for probe in case.ranks):
+def data_loading(case: Case) -> Iterator[Finding]:
+    """Say by which methods a DataLoader's workers may start after MPI has."""
+    default, methods = case.first.start_method, case.first.start.children
+    failed = {
+        method: ranks
+        for method in methods
+        if (ranks := [rank for rank, probe in enumerate(case.ranks) if probe.start.children.get(method)])
+    }
+    worked = [method for method in methods if method not in failed]
+    remedy = f'DataLoader(..., multiprocessing_context="{worked[-1]}")' if worked else "num_workers=0"
+    for method, ranks in failed.items():
+        why = case.ranks[ranks[0]].start.children[method]
+        says = f"a process started by {method} after MPI had started {why}{who(case, ranks)}"
+        if method == default:
+            yield Finding("data loading", f"{says}; it is the default", f"with num_workers > 0: {remedy}", must=True)
+        else:
+            yield Finding("data loading", says, f"do not choose {method} as a DataLoader's multiprocessing_context")
+    if default == "fork" and any(probe.infiniband for probe in case.ranks) and default not in failed:
         yield Finding(
             "data loading", "workers of a DataLoader are forked after MPI has started, which InfiniBand may not bear",
             f"with num_workers > 0: {remedy}, or export RDMAV_FORK_SAFE=1",
         )  # fmt: skip
-    elif first.start.size:
-        yield Finding("data loading", "workers of a DataLoader are forked, which worked here after MPI had started")
+    elif default in worked:
+        others = " and ".join(method for method in worked if method != default)
+        also = f"; so do {others}" if others else ""
+        yield Finding("data loading", f"workers of a DataLoader start by {default}, which works after MPI has{also}")
 
 
 def gpus(case: Case) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpisync.launchers import Launcher, Library, Placement
@@ -20,7 +20,7 @@ class Start:
     thread_level: str = ""  # as MPI calls it: single, funneled, serialized, multiple
     ulfm: bool = False
     sharing: str = ""  # how this rank mapped the root's memory: memfd, file, or not at all
-    fork: str = ""  # what went wrong with a process forked after MPI had started
+    children: Mapping[str, str] = field(default_factory=dict)  # what went wrong with a process, by start method
     cuda_aware: bool | None = None  # the library's own word, where it has one
     noise: str = ""  # what MPI printed meanwhile
     problem: str = ""

@@ -1,18 +1,23 @@
 """Run as a program: start MPI and tell what came of it, together with what the other ranks were told.
 
-It imports nothing of mpisync, whose care for how ranks end would wait for doctor's own processes. Only
-rank 0 prints: one line of JSON, [[told, start], ...] in the order of ranks.
+Only rank 0 prints: one line of JSON, [[told, start], ...] in the order of ranks.
 """
 
 import ctypes
 import json
+import multiprocessing
 import os
 import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
+if __name__ == "__mp_main__":  # in processes that start anew, as scripts import it at their top
+    from mpi4py import MPI  # noqa: F401
+
 MARK = "mpisync-doctor:"
-_FORK_LIMIT_S = 5.0
+_CHILD_LIMIT_S = 15.0
 
 
 def main() -> None:
@@ -37,7 +42,7 @@ def main() -> None:
         "thread_level": levels[MPI.Query_thread()],
         "ulfm": os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "enabled"),
         "sharing": next((kind for kind, address in root.items() if opens(address)), ""),
-        "fork": fork_problem(),
+        "children": {method: child_problem(method) for method in multiprocessing.get_all_start_methods()},
         "cuda_aware": cuda_aware(library),
     }
     comm.Barrier()  # the memory stays until all have looked
@@ -56,19 +61,28 @@ def opens(address: str) -> bool:
         return False
 
 
-def fork_problem() -> str:
-    """Fork, and say what the child came to."""
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    end_s = time.monotonic() + _FORK_LIMIT_S
-    while time.monotonic() < end_s:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return f"ended with status {status}" if status else ""
-        time.sleep(1e-3)
-    os.kill(pid, 9)
-    return f"did not end within {_FORK_LIMIT_S:.0f} s"
+def child_problem(method: str) -> str:
+    """Start a process as a DataLoader does, and say what it came to; "" if all was well."""
+    sys.path.append(str(Path(__file__).parents[3]))
+    from mpisync import subprocesses
+
+    subprocesses.set_apart()
+    process: Any = multiprocessing.get_context(method).Process(target=nothing, daemon=True)  # type: ignore[attr-defined]
+
+    def live() -> None:
+        process.start()
+        process.join()
+
+    life = threading.Thread(target=live, daemon=True)  # to start may hang as well
+    life.start()
+    life.join(_CHILD_LIMIT_S)
+    if life.is_alive():
+        return f"did not end within {_CHILD_LIMIT_S:.0f} s"
+    return f"ended with status {process.exitcode}" if process.exitcode else ""
+
+
+def nothing() -> None:
+    """What such a process does."""
 
 
 def cuda_aware(library: str) -> Any:
