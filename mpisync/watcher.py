@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ _MISSING_S = 5.0  # ranks of one node start within it
 _HEARD_S = 0.3  # until what a rank has printed is through the launcher
 _ASKED_S, _KILLED_S = 2.0, 3.0  # for whoever was asked to end; for the launcher when its ranks are gone
 _TOLD_S = 5.0  # a rank does not hang on a watcher that does
+_CREDENTIALS = struct.Struct("3i")  # of a sender, by the kernel: process, user, group
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from mpisync import watcher; watcher.main(sys.argv[2:])"
 
 
@@ -132,8 +134,10 @@ class Watcher:
                     self._expected = int(siblings.variable(pid, "OMPI_COMM_WORLD_LOCAL_SIZE") or 0)
                     self._missing_s = time.monotonic() + _MISSING_S
         while select.select([self._sock], [], [], limit_s)[0]:
-            word, told_rank, told_pid = self._sock.recv(100).decode().split()
-            self._hear(word, int(told_rank), int(told_pid))
+            told, credentials, *_ = self._sock.recvmsg(100, socket.CMSG_SPACE(_CREDENTIALS.size))
+            if any(_CREDENTIALS.unpack(data)[1] == os.getuid() for *_, data in credentials):
+                word, told_rank, told_pid = told.decode().split()
+                self._hear(word, int(told_rank), int(told_pid))
             limit_s = 0.0
 
     def _hear(self, word: str, rank: int, pid: int) -> None:

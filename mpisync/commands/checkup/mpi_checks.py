@@ -172,7 +172,7 @@ def ulfm(case: Case) -> Iterator[Finding]:
 
 def _hosts(case: Case, ranks: list[int]) -> str:
     """Name a node; containers on it have names of their own."""
-    names = list(dict.fromkeys(case.ranks[rank].host for rank in ranks))
+    names = list(dict.fromkeys(case.ranks[rank].machine.host for rank in ranks))
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'on one machine have'}"
 
 
@@ -186,7 +186,7 @@ def nodes(case: Case) -> Iterator[Finding]:
     if len(case.ranks) < 2:
         yield Finding("ranks", says, "a job needs at least two: workers, and the root, which does not train")
     elif len(spread) > 1:
-        near = len(spread[case.root.node]) - 1
+        near = len(spread[case.root.machine.node]) - 1
         far = len(case.ranks) - 1 - near
         yield Finding("ranks", f"{says}; {several(far, 'worker')} away from the root send whole gradients by messages")
     else:

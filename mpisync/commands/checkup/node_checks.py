@@ -20,7 +20,7 @@ def memory(case: Case) -> Iterator[Finding]:
     root = case.root
     if case.apart or not root.start.size:
         return
-    near = [rank for rank in case.nodes[root.node] if case.ranks[rank] is not root]
+    near = [rank for rank in case.nodes[root.machine.node] if case.ranks[rank] is not root]
     lost = [rank for rank in near if not case.ranks[rank].start.sharing]
     if lost or not root.start.sharing:
         yield Finding(
@@ -32,13 +32,13 @@ def memory(case: Case) -> Iterator[Finding]:
         )
         return
     by_file = any(case.ranks[rank].start.sharing == "file" for rank in near) or root.start.sharing == "file"
-    free_bytes = min(root.memory_bytes, root.shm_bytes) if by_file else root.memory_bytes
+    free_bytes = min(root.machine.memory_bytes, root.machine.shm_bytes) if by_file else root.machine.memory_bytes
     way = f"works ({'by files in /dev/shm' if by_file else 'memfd'})"
     do = "docker run --shm-size=4g, or --pid=host" if by_file else "ask the scheduler for more memory (Slurm: --mem)"
     yield _room(case, len(near), free_bytes, way, do)
-    if not by_file and root.shm_bytes < _SMALL_SHM_BYTES:
+    if not by_file and root.machine.shm_bytes < _SMALL_SHM_BYTES:
         yield Finding(
-            "shared memory", f"/dev/shm has {size(root.shm_bytes)} free, where MPI puts its own buffers",
+            "shared memory", f"/dev/shm has {size(root.machine.shm_bytes)} free, where MPI puts its own buffers",
             "if MPI crashes with a bus error: docker run --shm-size=1g",
         )  # fmt: skip
 
@@ -61,7 +61,7 @@ def _room(case: Case, workers: int, free_bytes: int, way: str, do: str) -> Findi
 
 def _usable(probe: Probe, bound_to: int) -> float:
     """Return how many of the cores that it is bound to a container's limit leaves."""
-    return min(float(bound_to), probe.quota_cores or math.inf)
+    return min(float(bound_to), probe.machine.quota_cores or math.inf)
 
 
 def cores(case: Case) -> Iterator[Finding]:
@@ -72,11 +72,11 @@ def cores(case: Case) -> Iterator[Finding]:
         yield _own_cores(case.first)
         return
     root, binding = case.root, "mpirun --bind-to none, srun --cpu-bind=none; `mpisync run` does it"
-    if len(root.cores) <= root.core_threads < root.node_cores:
+    if len(root.machine.cores) <= root.machine.core_threads < root.machine.node_cores:
         yield Finding(
             "cores",
             f"the root ({ranks_named([len(case.ranks) - 1])}) is bound to 1 core of "
-            f"{root.node_cores // root.core_threads}, and sums with several threads",
+            f"{root.machine.node_cores // root.machine.core_threads}, and sums with several threads",
             binding,
             must=True,
         )
@@ -85,10 +85,10 @@ def cores(case: Case) -> Iterator[Finding]:
 
 
 def _own_cores(probe: Probe) -> Finding:
-    usable, all_cores = _usable(probe, len(probe.cores)), several(probe.node_cores, "core")
-    if usable == probe.node_cores:
+    usable, all_cores = _usable(probe, len(probe.machine.cores)), several(probe.machine.node_cores, "core")
+    if usable == probe.machine.node_cores:
         return Finding("cores", f"all {all_cores} may be used")
-    why = "a container's limit" if usable < len(probe.cores) else "as the scheduler or taskset set it"
+    why = "a container's limit" if usable < len(probe.machine.cores) else "as the scheduler or taskset set it"
     return Finding(
         "cores", f"{usable:g} of {all_cores} may be used here ({why})",
         "if a job gets no more, ask the scheduler for more" if usable < 2 else "",
@@ -97,14 +97,15 @@ def _own_cores(probe: Probe) -> Finding:
 
 def _shared_cores(case: Case, ranks: list[int], binding: str) -> Finding:
     probes = [case.ranks[rank] for rank in ranks]
-    union = set().union(*(probe.cores for probe in probes))
+    union = set().union(*(probe.machine.cores for probe in probes))
     usable = _usable(probes[0], len(union))
-    each = {len(probe.cores) for probe in probes}
-    says = f"{several(len(ranks), 'rank')} on {usable:g} of {several(probes[0].node_cores, 'core')}{who(case, ranks)}"
+    each = {len(probe.machine.cores) for probe in probes}
+    all_cores = probes[0].machine.node_cores
+    says = f"{several(len(ranks), 'rank')} on {usable:g} of {several(all_cores, 'core')}{who(case, ranks)}"
     if usable >= len(ranks):
         spread = f", each bound to {several(min(each), 'core')}" if each == {1} else ""
         return Finding("cores", says + spread)
-    if len(union) < probes[0].node_cores:
+    if len(union) < all_cores:
         do = f"ask the scheduler for a core a rank at least, or unbind ({binding})"
         return Finding("cores", f"{says}: ranks take turns", do, must=True)
     return Finding("cores", f"{says}: ranks take turns", "fine to try things, not to measure them")
@@ -130,8 +131,8 @@ def _omp(case: Case, text: str, ranks: list[int]) -> Finding:
     threads = int(text) if text.isdecimal() else 0
     if not threads:
         return Finding("threads", f"{says} is no number of threads", "set it to one, or unset it", must=True)
-    here = [rank for rank in ranks if case.ranks[rank].node == case.ranks[ranks[0]].node]
-    node = int(_usable(case.ranks[here[0]], case.ranks[here[0]].node_cores))
+    here = [rank for rank in ranks if case.ranks[rank].machine.node == case.ranks[ranks[0]].machine.node]
+    node = int(_usable(case.ranks[here[0]], case.ranks[here[0]].machine.node_cores))
     total = threads * len(here)
     if case.alone:
         return Finding("threads", f"{says}, for each worker")
@@ -188,7 +189,7 @@ def data_loading(case: Case) -> Iterator[Finding]:
             yield Finding("data loading", f"{says}; it is the default", f"with num_workers > 0: {remedy}", must=True)
         else:
             yield Finding("data loading", says, f"do not choose {method} as a DataLoader's multiprocessing_context")
-    if default == "fork" and any(probe.infiniband for probe in case.ranks) and default not in failed:
+    if default == "fork" and any(probe.machine.infiniband for probe in case.ranks) and default not in failed:
         yield Finding(
             "data loading", "workers of a DataLoader are forked after MPI has started, which InfiniBand may not bear",
             f"with num_workers > 0: {remedy}, or export RDMAV_FORK_SAFE=1",
@@ -201,7 +202,7 @@ def data_loading(case: Case) -> Iterator[Finding]:
 
 def gpus(case: Case) -> Iterator[Finding]:
     """Say who sees which GPUs, where there are any."""
-    most = max(max(probe.gpu_files, len(probe.tools.gpus)) for probe in case.ranks)
+    most = max(max(probe.machine.gpu_files, len(probe.tools.gpus)) for probe in case.ranks)
     if not most:
         return
     for seen, ranks in by_value(case, lambda probe: probe.tools.gpus).items():
@@ -220,11 +221,12 @@ def network(case: Case) -> Iterator[Finding]:
     first = case.first
     if first.mpi is None:
         return
-    tripping = sorted({name for probe in case.ranks for name in probe.interfaces if _LOCAL_NETWORKS.match(name)})
+    interfaces = {name for probe in case.ranks for name in probe.machine.interfaces}
+    tripping = sorted(filter(_LOCAL_NETWORKS.match, interfaces))
     decided = any("tcp_if_" in name for name in first.environ)
     names = ",".join(tripping)
     if not tripping or decided or first.mpi.family != "openmpi":
-        said = ", ".join(n for n in first.interfaces if n != "lo") or "none but the loopback"
+        said = ", ".join(n for n in first.machine.interfaces if n != "lo") or "none but the loopback"
         yield Finding("network", f"interfaces: {said}{'; which to take is set in the environment' if decided else ''}")
         return
     option = f"--mca btl_tcp_if_exclude {names},lo"

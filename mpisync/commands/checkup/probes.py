@@ -39,25 +39,32 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What one rank, or a process started alone, sees."""
+class Machine:
+    """What a process can use of the machine that it is on."""
 
     host: str
     node: str  # identifies the running kernel
-    python: str
-    mpisync: str
-    environ: Mapping[str, str]  # only what somebody judges
-    placed: Placement | None
     cores: tuple[int, ...]  # that this process may use
     quota_cores: float | None  # a container's limit
     node_cores: int
     core_threads: int  # of the hardware: so many of what is counted above are one core
     memory_bytes: int  # that may still be used
     shm_bytes: int  # free in /dev/shm
-    start_method: str  # of multiprocessing
     infiniband: bool
     gpu_files: int  # GPUs that the kernel's driver shows
     interfaces: tuple[str, ...]  # with an IPv4 address
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one rank, or a process started alone, sees."""
+
+    machine: Machine
+    python: str
+    mpisync: str
+    environ: Mapping[str, str]  # only what somebody judges
+    placed: Placement | None
+    start_method: str  # of multiprocessing
     settings: tuple[str, ...]  # what is wrong with the MPISYNC_ variables
     mpi: Library | None = None
     mpi_problem: str = ""
@@ -75,7 +82,7 @@ class Probe:
     def from_json(cls, fields: Mapping[str, Any]) -> Probe:
         """Read what `to_json` wrote."""
         kinds: dict[str, Any] = {
-            "placed": Placement, "mpi": Library, "launcher": Launcher, "on_path": Launcher,
+            "machine": Machine, "placed": Placement, "mpi": Library, "launcher": Launcher, "on_path": Launcher,
             "tools": Tools, "start": Start,
         }  # fmt: skip
         read = {name: _tuples(value) for name, value in fields.items()}
@@ -121,7 +128,7 @@ class Case:
         """The ranks of each node."""
         found: dict[str, list[int]] = {}
         for rank, probe in enumerate(self.ranks):
-            found.setdefault(probe.node, []).append(rank)
+            found.setdefault(probe.machine.node, []).append(rank)
         return found
 
 

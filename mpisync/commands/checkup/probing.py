@@ -18,7 +18,7 @@ from typing import Any
 
 from mpisync import launchers, settings
 from mpisync.commands.checkup.children import find_tools, start_rank, start_trial
-from mpisync.commands.checkup.probes import Probe
+from mpisync.commands.checkup.probes import Machine, Probe
 from mpisync.policies import parse_policy
 from mpisync.transport.peers import Peer
 from mpisync.transport.shared_memory import SharedMemory
@@ -57,23 +57,26 @@ def probe(environ: Mapping[str, str] = os.environ) -> list[Probe]:
 def look(environ: Mapping[str, str] = os.environ) -> Probe:
     """Look at this machine, without MPI."""
     peer, cores = Peer.here(0), tuple(sorted(os.sched_getaffinity(0)))
-    found = Probe(
+    machine = Machine(
         host=peer.host,
         node=peer.boot,
-        python=platform.python_version(),
-        mpisync=__version__,
-        environ={name: environ[name] for name in sorted(environ) if _JUDGED.fullmatch(name)},
-        placed=launchers.placement(environ),
         cores=cores,
         quota_cores=_quota_cores(),
         node_cores=os.cpu_count() or len(cores),
         core_threads=_core_threads(cores[0]),
         memory_bytes=_memory_bytes(),
         shm_bytes=_shm_bytes(),
-        start_method=multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0],
         infiniband=any(Path("/sys/class/infiniband").glob("*")),
         gpu_files=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
         interfaces=_interfaces(),
+    )
+    found = Probe(
+        machine=machine,
+        python=platform.python_version(),
+        mpisync=__version__,
+        environ={name: environ[name] for name in sorted(environ) if _JUDGED.fullmatch(name)},
+        placed=launchers.placement(environ),
+        start_method=multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0],
         settings=settings_problems(environ),
         tools=find_tools(),
     )
