@@ -38,6 +38,7 @@ _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from mpisync import wat
 def start(daemon: int, environ: Mapping[str, str] = os.environ) -> None:
     """Start watching the ranks that `daemon`, a launcher's process, starts on this node, unless somebody does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # an abstract name has no owner
         try:
             sock.bind(_address(daemon))
         except OSError:
