@@ -182,11 +182,12 @@ class Root:
         while heard and not self.collector.player.is_closing:
             at_s, _, header = heard.popleft()
             if header.kind != Kind.GRADIENT:
+                self.tell()  # a worker may have left while its gradient was on its way
                 self.answer(self.roster.members[header.worker], header)
                 continue
             self.register(header, at_s, is_tie=times[at_s] > 1)
             self.collector.player.judge(header.worker)
-            self.tell()
+        self.tell()
 
     def register(self, header: Header, at_s: float, *, is_tie: bool = False) -> None:
         """Take note of a gradient's header."""
@@ -197,8 +198,10 @@ class Root:
 
     def _take_whole(self, workers: list[int]) -> None:
         """Judge the asked-for gradients whose last bytes are in: now is when they arrived."""
+        if not workers:
+            return
         now_s = self.clock()
-        for worker in self._ties.sample(workers, len(workers)) if workers else ():  # no rank goes before another
+        for worker in self._ties.sample(workers, len(workers)):  # no rank goes before another
             if self.roster.members[worker].state is State.WANTED:
                 self.collector.whole(worker, now_s, is_tie=len(workers) > 1)
                 self.tell()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mpisync.aggregation.sample_pool import BatchId
 from mpisync.policies import Arrival
 from mpisync.transport.wire import GradientInfo
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The samples of one computation."""
 
     sequence: int
@@ -20,8 +20,7 @@ class Part:
     cost: float  # of a batch, as the loop says; NaN where it does not
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """The computations that a gradient is made of."""
 
     parts: Sequence[Part]  # its own last; before it those of the late gradients that are added in
@@ -38,7 +37,7 @@ class Work:
         return [part.sequence for part in self.parts[:-1]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Gradient:
     """An announced gradient, until its verdict and through its step."""
 

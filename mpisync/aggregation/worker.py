@@ -102,7 +102,8 @@ class Worker:
             PeerFailed: Another rank failed.
         """
         now_s = time.monotonic()
-        info = info._replace(compute_s=now_s - self._pulled_s - info.data_s)
+        compute_s = now_s - self._pulled_s - info.data_s
+        info = GradientInfo._make((*info[:2], compute_s, *info[3:]))
         reply = self._ask(Kind.GRADIENT, info, now_s)
         self.sequence += 1
         self._resume, self.again = reply.resume, bool(reply.again)

@@ -135,9 +135,9 @@ class Player:
 
     def judge(self, worker: int) -> None:
         """Decide about a worker's gradient, as things stand, and then about held ones, until nothing changes."""
-        accepted = self._decide(worker)
-        while accepted and not self.is_closing:
-            accepted = any(held in self.step.held and self._decide(held.worker) for held in list(self.step.held))
+        accepted, held = self._decide(worker), self.step.held
+        while accepted and held and not self.is_closing:
+            accepted = any(one in held and self._decide(one.worker) for one in list(held))
 
     def _decide(self, worker: int) -> bool:
         """Decide about one gradient, lateness before anything else, and say whether it was accepted."""
@@ -160,9 +160,10 @@ class Player:
     def _accept(self, arrival: Arrival) -> None:
         """Count a gradient."""
         self.forget(arrival.worker)
-        self.step.accepted.append(arrival)
-        self.accepted_s = self._clock()
-        self.is_closing = self.policy.closes(self.step, self.accepted_s)
+        step = self.step
+        step.accepted.append(arrival)
+        self.accepted_s = now_s = self._clock()
+        self.is_closing = self.policy.closes(step, now_s)
         self._keeper.accept(arrival)
 
     def _refuse(self, arrival: Arrival, refusal: Refusal) -> None:
