@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import multiprocessing
 import os
 import sys
 import threading
@@ -79,8 +78,6 @@ def _abort(code: int) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    for child in multiprocessing.active_children():  # else it is the interpreter's exit that ends them
-        child.kill()
     if _watched_by is not None:  # MPI_Abort would end this rank alone, or hang
         watcher.tell(_watched_by, "failed", _rank.rank)
         os._exit(code)
