@@ -77,8 +77,17 @@ def test_the_workers_of_a_loader_start_whatever_the_method(launch_arguments, met
     assert run.stderr == "" and sorted(run.stdout.splitlines()) == [f"done {rank} 6 True" for rank in range(3)]
 
 
+FAULT = "if rank == 0 and session.version == 3: print(0, 'fault', time.time(), flush=True); "
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_workers_of_a_loader_end_with_a_job_that_fails(launch_arguments, method):
-    fault = "if rank == 0 and session.version == 3: print(0, 'fault', time.time(), flush=True); os._exit(3)"
-    code = script(method, "MPI first", True, steps=10**6, in_loop=fault)
+    code = script(method, "MPI first", True, steps=10**6, in_loop=FAULT + "raise OSError('on purpose')")
+    check(run_script(3, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), "OSError: on purpose")
+
+
+@pytest.mark.parametrize("launch_arguments", ["ulfm"], indirect=True)
+def test_the_workers_of_a_loader_end_with_a_rank_that_runs_nothing_at_its_end(launch_arguments):
+    """A plain launcher leaves them to torch, whose workers look after their parent every 5 s."""
+    code = script("fork", "MPI first", True, steps=10**6, in_loop=FAULT + "os._exit(3)")
     check(run_script(3, code, timeout_s=LIMIT_S, launcher_args=launch_arguments))
