@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -114,3 +115,9 @@ def test_the_installed_command_works(target, tmp_path):
         env=environment({"PYTHONPATH": str(target)}), capture_output=True, text=True, timeout=60,
     )
     assert run.stdout == f"mpisync {mpisync.__version__}\n", run.stderr
+
+
+def test_what_contributing_names_is_there():
+    names = re.findall(r"`([\w./-]+/[\w./-]*|[\w.-]+\.(?:py|rst|md|toml|cff))`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(names) > 20
+    assert [name for name in names if not (ROOT / name).exists() and not list((ROOT / "mpisync").rglob(name))] == []
