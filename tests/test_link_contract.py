@@ -257,7 +257,7 @@ def test_a_run_goes_on_from_the_version_where_another_ended(run, size, policy):
     seen = run(train(9, kept=kept), layout_of(size), policy)
     check(seen, 9)
     assert len(seen[-1].steps) == 4
-    assert all(worker.versions[0] == 5 for worker in seen[:-1])
+    assert min(version for worker in seen[:-1] for version in worker.versions) == 5
     if policy.staleness == 0:
         assert [sorted(accepted) for accepted in seen[-1].steps] == [[(w, s, s) for w in range(3)] for s in range(5, 9)]
 
