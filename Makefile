@@ -1,4 +1,4 @@
-# make venv | test | demo | docs | lint | tensorflow | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
+# make venv | test | test-long | demo | docs | lint | tensorflow | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
 #
 # Each target makes what it needs: a virtual environment with an embedded MPI, torch and the rest,
 # pinned by constraints.txt. Needed on the machine: make, Python >= 3.10 with its venv module.
@@ -20,7 +20,7 @@ MISSING = if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/de
 	else echo 'make: no Python >= 3.10 on PATH; install one (apt-get install python3 python3-venv; dnf' \
 	'install python3.12; a cluster: module load python) or name it: make PYTHON=/path/to/python3'; fi
 
-.PHONY: venv test demo docs lint tensorflow clean
+.PHONY: venv test test-long demo docs lint tensorflow clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -37,7 +37,11 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+# Longer proofs: the ends of ranks under ULFM, loaders' workers in jobs that fail.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python -m mpisync demo $(ARGS)

@@ -62,7 +62,7 @@ def launcher() -> tuple[launchers.Launcher, launchers.Library]:
     return launchers.find_launcher(library), library
 
 
-@pytest.fixture(params=["plain", "ulfm"])
+@pytest.fixture(params=["plain", pytest.param("ulfm", marks=pytest.mark.long)])
 def launch_arguments(request):
     """The launcher's, without ULFM and with it: there ranks outlive another's death, where this MPI has it."""
     if request.param == "plain":

@@ -61,6 +61,7 @@ def comm(request):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "parallel(nprocs): run on so many MPI processes")
+    config.addinivalue_line("markers", "long: a longer proof, of `make test-long`")
     if CHILD in os.environ:
         plugin = Child(config)
     elif placement := launchers.placement():

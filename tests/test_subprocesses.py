@@ -80,6 +80,7 @@ def test_the_workers_of_a_loader_start_whatever_the_method(launch_arguments, met
 FAULT = "if rank == 0 and session.version == 3: print(0, 'fault', time.time(), flush=True); "
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_workers_of_a_loader_end_with_a_job_that_fails(launch_arguments, method):
     code = script(method, "MPI first", True, steps=10**6, in_loop=FAULT + "raise OSError('on purpose')")
