@@ -145,8 +145,8 @@ def test_a_policy_goes_on_as_it_would_have(policy, shift_s):
             published_s=record.published_s + shift_s,
         )
         learnt, resumed = learnt.after(record), resumed.after(moved)
-        assert (learnt.why is None) == (resumed.why is None)
-        if learnt.why and shift_s == 0.0:
+        assert resumed.why == learnt.why
+        if shift_s == 0.0:
             assert resumed == learnt
     fresh = policy
     for record in records[30:34]:
