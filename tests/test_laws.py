@@ -30,8 +30,8 @@ LAWS = [
     Weibull(2.0, 5.0),
 ]
 MODULES = (
-    "advice", "bounds", "choices", "composite", "diagnosis", "documents", "efficiency", "empirical", "fitting",
-    "forms", "laws", "observed", "remedies", "rollout", "special", "theory",
+    "advice", "bounds", "cells", "choices", "columns", "composite", "diagnosis", "documents", "efficiency", "empirical",
+    "fitting", "forms", "laws", "observed", "regimes", "remedies", "rollout", "special", "theory",
 )  # fmt: skip
 
 

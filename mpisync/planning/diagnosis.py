@@ -68,7 +68,7 @@ class Straggling:
         >>> rng = np.random.default_rng(0)
         >>> found = diagnose(rng.lognormal(0.0, 0.1, (100, 8)) * ([1.0] * 7 + [2.36]))
         >>> [(one.column, round(one.ratio, 2)) for one in found.slow], found.is_independent
-        ([(7, 2.36)], False)
+        ([(7, 2.4)], False)
     """
 
     median_s: float

@@ -149,9 +149,10 @@ def during(observed: Observed, start: int, stop: int) -> Observed:
     """Return some of the steps, by their rows; gaps are filled from times in these alone.
 
     Example:
-        >>> observed = observe(np.array([[1.0], [1.0], [1.0], [3.0], [np.nan], [3.0], [3.0]]))
-        >>> during(observed, 3, 7).times_s.ravel().tolist()
-        [3.0, 3.0, 3.0, 3.0]
+        >>> times_s = np.array([[1.0, 1.0]] * 9 + [[1.0, 3.0]] * 9)
+        >>> times_s[12, 1] = np.nan
+        >>> during(observe(times_s), 9, 18).times_s[:, 1].tolist()
+        [3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
     """
     rows = slice(start, stop)
     measured = observed.measured[rows]
