@@ -1,5 +1,7 @@
 """What ranks start is no rank: DataLoader workers of every start method, in scripts that import MPI at their top."""
 
+from pathlib import Path
+
 import pytest
 from launch import run_script
 from test_faults import check
@@ -41,6 +43,18 @@ def main():
 if __name__ == "__main__":
     main()
 """
+SEMAPHORES = Path("/dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def no_semaphore_is_left():
+    """Loaders of killed jobs leave their semaphores: whoever would unlink them was killed too."""
+    before = set(SEMAPHORES.glob("sem.mp-*"))
+    yield
+    for left in set(SEMAPHORES.glob("sem.mp-*")) - before:
+        left.unlink(missing_ok=True)
+
+
 FIRST = {
     "MPI first": "from mpi4py import MPI\nimport mpisync",
     "mpisync first": "import mpisync\nfrom mpi4py import MPI",
