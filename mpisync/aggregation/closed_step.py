@@ -26,6 +26,7 @@ class ClosedStep:
         closed_s: When the step closed.
         clock: Monotonic seconds.
         publish: Publishes the parameters as they are, and records the step.
+        initial: The worker whose initial parameters the mean is, in place of a gradient; None in an ordinary step.
 
     Attributes:
         accepted: (worker, sequence) of the accepted gradients, in order of acceptance.
@@ -45,8 +46,10 @@ class ClosedStep:
         closed_s: float,
         clock: Callable[[], float],
         publish: Callable[[ClosedStep], StepRecord],
+        *,
+        initial: int | None = None,
     ) -> None:
-        self.step, self.closed_s = step, closed_s
+        self.step, self.closed_s, self.initial = step, closed_s, initial
         self.accepted = [(one.arrival.worker, one.arrival.sequence) for one in gradients]
         self.extras = total.extras
         self.samples = sum(one.info.samples for one in gradients)
@@ -91,7 +94,7 @@ class ClosedStep:
             Whether it was done; not where the mean might not be finite, since parameters are never touched by an
             update that will be refused, nor where it exists already or norms are wanted.
         """
-        if self._sums is None and self._total.fused_sgd_step(self._parameters, spans):
+        if self._sums is None and self.initial is None and self._total.fused_sgd_step(self._parameters, spans):
             self._is_updated, self._sums = True, Sums(finite=True)
             self.reduced_s = self._clock()
         return self._is_updated

@@ -20,6 +20,9 @@ from mpisync.records import ArrivalRecord, StepRecord
 from mpisync.transport.wire import GradientInfo
 
 _NOT_FINITE = Refusal("rejected", "the gradient has NaN or Inf")
+_NOT_FIRST = Refusal(
+    "rejected", "its forward pass initialised parameters, which others had done before: it is of other parameters"
+)
 TAKEN_OVER = Refusal("late", "its samples were given to another worker too, who was first")
 _REJECTIONS_PER_WORKER = 20  # in a row, without one accepted, before training is given up
 
@@ -161,6 +164,8 @@ class Collector:
         gradient = self._pending[arrival.worker]
         if gradient.info.peak == math.inf:
             return _NOT_FINITE
+        if gradient.info.initial and self.player.step.step > 0:
+            return _NOT_FIRST
         return TAKEN_OVER if self.late.is_used(gradient.work) else None
 
     def accept(self, arrival: Arrival) -> None:

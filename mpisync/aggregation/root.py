@@ -102,6 +102,7 @@ class Root:
             self._ties.setstate((version, tuple(words), gauss))
         self.inbox = Inbox(links, self.roster.members, self.roster.me, clock, self._ties)
         self._sum = RunningSum(layout, memory, links, weighted=weighted, norms=policy.wants_norms)
+        self._initial: Gradient | None = None  # of the open step: what its worker's first forward pass initialised
         self._layout, self._segments = layout, layout.arrays(parameters)
         self._stop_asked = False
         self._last: int | None = None  # the version at which the training ends
@@ -213,7 +214,7 @@ class Root:
             member = self.roster.members[gradient.worker]
             if refusal is None:
                 member.state = State.ACCEPTED
-                self._sum.add(member.link, gradient.worker, gradient.info)
+                self._add(member, gradient)
                 continue
             status = Status.LATE if refusal.verdict == "late" else Status.REJECTED
             text = refusal.reason or "late"
@@ -222,6 +223,16 @@ class Root:
                 reason = self.collector.divergence
         if reason:
             self.fail(reason)
+
+    def _add(self, member: Member, gradient: Gradient) -> None:
+        """Add an accepted gradient to the sum; where one holds initial parameters, the first such is all of it."""
+        if self._initial is not None:
+            return
+        info = gradient.info
+        if info.initial:
+            self._sum.forget()
+            self._initial, info = gradient, info._replace(samples=1)
+        self._sum.add(member.link, gradient.worker, info)
 
     def _make_room(self) -> bool:
         """Fold the accepted gradients, so that their memory is free again; say whether there were any."""
@@ -235,8 +246,16 @@ class Root:
     def _close(self, now_s: float) -> ClosedStep:
         """Hand out the closed step for its update."""
         self.roster.begin(self.version + 1)
+        initial, self._initial = self._initial, None
         return ClosedStep(
-            self.version, self.collector.gradients, self._sum, self._segments, now_s, self.clock, self._publish
+            self.version,
+            self.collector.gradients,
+            self._sum,
+            self._segments,
+            now_s,
+            self.clock,
+            self._publish,
+            initial=None if initial is None else initial.worker,
         )
 
     def _publish(self, closed: ClosedStep) -> StepRecord:
@@ -260,7 +279,7 @@ class Root:
             update_s=updated_s - closed.reduced_s,
             publish_s=published_s - updated_s,
             updated=sums.finite,
-            norms=(sums.gradient_squares, sums.sum_squares),
+            norms=None if closed.initial is not None else (sums.gradient_squares, sums.sum_squares),
         )
         if not self._has_ended:  # else no step follows: the last verdicts are given by the farewell
             self.collector.player.judge_again()
@@ -403,3 +422,4 @@ class Root:
         waiting = {member.worker for member in self.roster.members if member.state is State.ACCEPTED}
         self.collector.abandon(waiting)
         self._sum.forget()
+        self._initial = None

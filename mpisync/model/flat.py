@@ -37,6 +37,7 @@ class FlatModel:
         segments: (dtype name, count of elements) of each segment, padding included.
         buffers: The module buffers, packed.
         frozen: The parameters that are not trained, packed; for the first broadcast.
+        frozen_parameters: Their names and the tensors themselves.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +49,7 @@ class FlatModel:
         self.names = tuple(place.name for place in self.places)
         self.buffers = PackedTensors(model, model.named_buffers())
         self.frozen = PackedTensors(model, [(n, p) for n, p in named if not p.requires_grad])
-        self._frozen = [(plain_name(name), p) for name, p in named if not p.requires_grad]
+        self.frozen_parameters = [(plain_name(name), p) for name, p in named if not p.requires_grad]
         strides = {
             name: place.stride for (name, _), place in zip(trained, self.places, strict=True)
         }
@@ -89,9 +90,17 @@ class FlatModel:
 
     def bind(self, views: Views) -> None:
         """Make every travelling parameter a view of shared memory, whose values it takes."""
-        for parameter, view in zip(self.parameters, views.tensors, strict=True):
-            parameter.data = view
+        self._show(views.tensors)
         self._bound = True
+
+    def detach(self, copies: Sequence[Tensor]) -> None:
+        """Give the parameters tensors of their own; gradients stay as they are."""
+        self._show(copies)
+        self._bound = False
+
+    def _show(self, tensors: Sequence[Tensor]) -> None:
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
 
     def unbind(self) -> None:
         """Make parameters and gradients private again, with the values they have now."""
@@ -126,7 +135,7 @@ class FlatModel:
             slot: Views of the memory that the root reads.
             kernel: Copies and checks large tensors: the `pack` of a `Reducer` with more threads.
         """
-        for name, parameter in self._frozen:
+        for name, parameter in self.frozen_parameters:
             if parameter.grad is not None:
                 raise RuntimeError(
                     f"parameter {name!r} was frozen when the session began and has a gradient now: "

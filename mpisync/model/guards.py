@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from mpisync.model.write_sample import TensorSample
+
+REMEDY = (
+    "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
+    "initialise, before Session; clamp and the like in a hook, optimizer.register_step_post_hook(hook), which the root "
+    "runs after every update (only a change for one computation may be made, with own_copy=True: the next version "
+    "overwrites it)"
+)
 
 
 class StepTrap:
@@ -124,29 +133,26 @@ def _same(one: Any, other: Any) -> bool:  # noqa: ANN401
 
 
 class WriteWatch:
-    """A watch for user code that writes to parameters that all workers of a node share.
+    """A watch for user code that writes to parameters in place, as far as torch counts such writes.
 
-    It sees in-place operations on the parameter and replaced memory. It cannot see writes through
-    `parameter.data` or `.numpy()`: only a read-only mapping can, which MPISYNC_READ_ONLY asks for.
+    Writes through ``p.data`` or ``p.numpy()`` are not counted: `MemorySample` and `Binding.written` see those.
 
     Args:
-        named: The shared parameters with their names.
+        named: The parameters with their names.
         remedy: What to do instead, for the message.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], remedy: str) -> None:
         self._names, self._parameters = zip(*named, strict=True)
         self._remedy = remedy
-        self._turn = 0
         self.reset()
 
     def reset(self) -> None:
         """Take the parameters as they are now for untouched."""
         self._versions = [parameter._version for parameter in self._parameters]
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
 
     def check(self) -> None:
-        """Raise RuntimeError naming the first parameter that was written to or replaced."""
+        """Raise RuntimeError naming the first parameter that was written to."""
         versions = [parameter._version for parameter in self._parameters]
         if versions != self._versions:
             pairs = zip(versions, self._versions, strict=True)
@@ -154,12 +160,33 @@ class WriteWatch:
             raise RuntimeError(
                 f"parameter {self._names[index]!r} was written to in place on a worker: {self._remedy}"
             )
-        # Addresses cost as much as versions do, and what replaces memory (model.to, model.half)
-        # replaces all of it: one parameter a time, in turn.
-        self._turn = (self._turn + 1) % len(self._parameters)
-        if self._parameters[self._turn].data_ptr() != self._addresses[self._turn]:
+
+
+class FrozenWatch:
+    """A watch for loops that move frozen parameters, such as a target network's: they never travel.
+
+    Args:
+        named: The frozen parameters with their names.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        self._names, self._tensors = [name for name, _ in named], [tensor for _, tensor in named]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._sample = TensorSample(self._tensors)
+
+    def check(self) -> None:
+        """Raise RuntimeError naming a frozen parameter that has changed since the last check."""
+        if not self._tensors:
+            return
+        versions = [tensor._version for tensor in self._tensors]
+        index = self._sample.written()
+        if versions != self._versions:
+            pairs = zip(versions, self._versions, strict=True)
+            index = next(index for index, (now, before) in enumerate(pairs) if now != before)
+        if index is not None:
             raise RuntimeError(
-                f"parameter {self._names[self._turn]!r} was given other memory on a worker "
-                "(model.to(), model.half(), an assignment to .data), so it no longer follows the "
-                f"run: do that before Session; {self._remedy}"
+                f"frozen parameter {self._names[index]!r} was changed in the loop: it does not travel, so the ranks' "
+                "copies of it come apart. Make it a buffer (module.register_buffer), which travels with each gradient "
+                "and is averaged, as BatchNorm's statistics are; for an average of the parameters use ema="
             )
+        self._sample.take()

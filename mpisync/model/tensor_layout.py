@@ -98,6 +98,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def flat_bytes(dense: Tensor) -> np.ndarray[Any, Any]:
+    """Return the memory of a dense tensor as uint8."""
+    array: np.ndarray[Any, Any] = dense.detach().as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
+    return array
+
+
 def refuse_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse parameters that share memory without being one Parameter: they would come apart."""
     spans = sorted((p.data_ptr(), p.numel() * p.element_size(), name) for name, p in named)

@@ -84,6 +84,16 @@ class DistributedModel:
         """Return the parameters' averages in a version's bytes."""
         return self.flat.views(self.participant.published.arrays(memory)[self.segments :])
 
+    def parameter_at(self, offset: int) -> str:
+        """Return the name of the parameter at byte `offset` of a version, or a word for what else lies there."""
+        for place in self.flat.places:
+            segment = self.participant.published.segments[place.segment]
+            element = (offset - segment.offset) // segment.dtype.itemsize
+            # what is read is a word of 8 bytes: the element that differs may be any in it
+            if place.offset - 8 < element < place.offset + place.count and segment.offset <= offset + 7:
+                return place.name
+        return "a buffer, or an average"
+
 
 def _differ(root: str, here: str) -> str | None:
     (theirs, their_model), (ours, our_model) = json.loads(root), json.loads(here)

@@ -55,7 +55,7 @@ class Status(enum.IntEnum):
     NOTED = 4  # heard, where there is nothing to judge
 
 
-_HEADER = struct.Struct("<QB3xiqqqqdqdddQdiidq160s")
+_HEADER = struct.Struct("<QB3xiqqqqdqdddQdiidiq160s")
 _REPLY = struct.Struct("<QBBHiqqqqqdiiqq400s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
@@ -73,6 +73,7 @@ class GradientInfo(NamedTuple):
     batches: int = 0  # that it was computed from, or that were passed over
     carries: int = 0  # whether this worker's late gradients are added in
     cost: float = math.nan  # what the loop says a batch of it costs
+    initial: int = 0  # whether it is no gradient but the parameters that this worker's first forward pass initialised
 
 
 _NO_GRADIENT = GradientInfo()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,9 +18,12 @@ from mpisync.aggregation.account import Account
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.shutdown import failure_of, leave_root
+from mpisync.model.binding import Binding
 from mpisync.model.flat import FlatModel
+from mpisync.model.guards import REMEDY, FrozenWatch
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages, Update, advice_on
+from mpisync.model.write_sample import MemorySample
 from mpisync.session.distributed_model import DistributedModel
 from mpisync.session.loop import LoopOptions, pool_of
 from mpisync.session.options import Options
@@ -51,7 +55,9 @@ class RootRole(Role):
         memory = self._participant.parameters
         parameters = self._distributed.parameters(memory)
         self._flat.store(parameters)
-        self._flat.bind(parameters)
+        self._binding = Binding(model, self._flat, parameters, lambda: [view.clone() for view in parameters.tensors])
+        self._binding.bind()
+        self._sample, self._frozen = MemorySample(memory), FrozenWatch(self._flat.frozen_parameters)
         self._extras = self._participant.published.extras(memory)
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
@@ -105,11 +111,29 @@ class RootRole(Role):
             self._root.collector.accounts = [Account(**account) for account in loop.accounts(self.workers)]
             self._late.load(loop.resume)
         self._recorder.begin(loop.steps)
+        self._sample.take()
         for closed in self._root.serve(loop.steps):
+            self._check_writes()
             self._take(closed)
             self._schedule.advance(closed.loss)
-            self._recorder.step(closed.publish())
+            record = closed.publish()
+            self._sample.take()
+            self._recorder.step(record)
         yield from ()
+
+    def _check_writes(self) -> None:
+        """Refuse what somebody else than the update wrote to parameters since they were published."""
+        names = self._binding.written() if self._binding.is_detached else []
+        self._binding.bind()
+        if (at := self._sample.written()) is not None:
+            names.append(self._distributed.parameter_at(at))
+        if names:
+            raise RuntimeError(
+                f"parameter {names[0]!r} of version {self.version} was written to before its update, by a worker (by "
+                "p.data, .numpy() or the like, which torch does not count) or in on_step=: MPISYNC_READ_ONLY=1 shows "
+                f"the line; {REMEDY}"
+            )
+        self._frozen.check()
 
     def _take(self, closed: ClosedStep) -> None:
         """Update everything that the next version publishes; nothing if the mean is not finite."""
@@ -121,6 +145,8 @@ class RootRole(Role):
             self._update.move_average()
         elif not closed.finite:
             return
+        elif closed.initial is not None:
+            self._start_from(closed.initial)
         else:
             presence = np.bitwise_or.reduce([extras[:split] for extras in closed.extras])
             self._flat.assign_gradients(self._mean, bytes(presence[: len(self._flat.parameters)]))
@@ -128,6 +154,22 @@ class RootRole(Role):
         if self._extras.size:
             self._flat.buffers.average(self._extras, [extras[split:] for extras in closed.extras])
             self._flat.buffers.load(self._buffers)  # for whoever looks at the model in on_step=
+
+    def _start_from(self, worker: int) -> None:
+        """Make a worker's initial parameters, which are the mean, everyone's."""
+        values = zip(self._flat.names, self._flat.parameters, self._mean.tensors, strict=True)
+        names = [name for name, own, value in values if not torch.equal(own.data, value.to(own.dtype))]
+        self._flat.load(self._mean)
+        if self._averages:
+            self._flat.store(self._distributed.averages(self._participant.parameters))
+        names = names or list(self._flat.names)  # where only the sign of a 0 has changed
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(
+            f"mpisync: worker {worker}'s first forward pass initialised parameter {names[0]!r}{more}: version 1 is "
+            "that, and no update; to have one there, run a forward pass before Session, on every rank",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _warn_of_equals(self, closed: ClosedStep) -> None:
         if isinstance(self._late, Requeue):
@@ -184,7 +226,7 @@ class RootRole(Role):
             # MPI still sends from this memory until everyone has said goodbye
             leave_root(self._root, error)
         finally:
-            self._flat.unbind()
+            self._binding.end()
             self._threads.restore()
             self._recorder.end(
                 self.version,

@@ -20,8 +20,9 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
-from mpisync.model.flat import FlatModel
-from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.model.flat import FlatModel, Packed
+from mpisync.model.gradients import peak_of
+from mpisync.model.guards import REMEDY, GroupWatch, forbid_steps
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
@@ -31,14 +32,9 @@ from mpisync.session.loop import LoopOptions
 from mpisync.session.options import Options
 from mpisync.session.roles.base import Role
 from mpisync.session.torch_threads import torch_threads
+from mpisync.session.worker_parameters import WorkerParameters
 from mpisync.transport.wire import GradientInfo
 
-_REMEDY = (
-    "the root makes the updates, so what a worker writes never becomes part of the model. Load a checkpoint, or "
-    "initialise, before Session; clamp and the like in a hook, optimizer.register_step_post_hook(hook), which the root "
-    "runs after every update (only a change for one computation may be made, with own_copy=True: the next version "
-    "overwrites it)"
-)
 _SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
@@ -65,16 +61,19 @@ class WorkerRole(Role):
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
-        self._memory = link.parameters if in_place else self._participant.memory.allocate(link.published.size_bytes)
-        self._reads = not in_place
-        self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
-        self._flat.bind(self._distributed.parameters(self._memory))
+        read_only = bool(settings.read("MPISYNC_READ_ONLY"))
+        self._notice = self._make_read_only(in_place) if read_only else None
+        self._parameters = WorkerParameters(
+            model,
+            self._distributed,
+            self._worker,
+            own_copy=options.own_copy,
+            in_place=in_place,
+            read_only=self._notice is not None,
+        )
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
         self._groups = GroupWatch(optimizer)
-        named = zip(self._flat.names, self._flat.parameters, strict=True)
-        self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
-        self._notice = self._make_read_only(in_place) if settings.read("MPISYNC_READ_ONLY") else None
         self._accumulation = Accumulation(self._flat.parameters)
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
@@ -89,7 +88,7 @@ class WorkerRole(Role):
         """Make the shared parameters read-only, and have a write to them explained before it ends the process."""
         link = self._worker.link
         if in_place and link.protect():
-            return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {_REMEDY}")
+            return FaultNotice(link.parameters, f"mpisync: worker {self.worker} wrote to a parameter: {REMEDY}")
         if self.worker == 0:
             print(
                 "mpisync: MPISYNC_READ_ONLY has no effect: workers have copies of their own, not shared memory",
@@ -111,7 +110,7 @@ class WorkerRole(Role):
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
         """Yield batches until the root ends the training."""
         data = self._data(loader, loop)
-        self._writes.check()  # of own copies too: what was written before the first version is lost
+        self._parameters.check_before()
         try:
             running = self._pull()
             while running and (drawn := next(data, None)) is not None:
@@ -154,14 +153,16 @@ class WorkerRole(Role):
         """Send the gradient, learn its verdict, take the newest parameters."""
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
-        if self._in_place:
-            self._writes.check()
+        initialised = self._parameters.check()
         packed = self._flat.pack_gradients(self._slot)
+        if initialised:  # these parameters go where the gradient would
+            self._flat.store(self._slot)
+            packed = Packed(packed.presence, max(peak_of(segment) for segment in self._slot.segments))
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)
         self._flat.buffers.pack(self._buffers)
         self._worker.handed += basis.samples - basis.drawn
         total, peak, added = basis.samples, packed.peak, None
-        if self._carried is not None:
+        if self._carried is not None and not initialised:
             if not any(packed.presence):
                 peak = math.inf  # given up before there was a gradient: not to be carried
             elif (added := self._carried.add_in(self._worker.version, total)) is not None:
@@ -172,14 +173,15 @@ class WorkerRole(Role):
                 total,
                 loss,
                 data_s=basis.data_s,
-                fingerprint=self._fingerprint(),
+                fingerprint=0 if initialised else self._fingerprint(),
                 peak=peak,
                 batches=basis.batches,
                 carries=carries,
                 cost=cost,
+                initial=bool(initialised),
             )
         )
-        is_late = not verdict.accepted and math.isfinite(peak)
+        is_late = not verdict.accepted and math.isfinite(peak) and not initialised
         if self._retried is not None:
             self._retried.judged(again=self._worker.again)
         if self._carried is not None:
@@ -199,12 +201,7 @@ class WorkerRole(Role):
             running = self._worker.pull() is not None
             if not running:
                 self._worker.finish()
-            if self._reads:
-                self._worker.read(self._memory)
-            # a late step leaves no trace: these are the published ones, whatever ours have become
-            self._flat.buffers.load(self._published_buffers)
-            in_place = self._worker.link.shares_parameters and not self._reads
-            if not running or not in_place or not self._worker.link.is_behind(self._worker.version):
+            if self._parameters.take(ended=not running):
                 self._follow()
                 return running
 
@@ -244,12 +241,11 @@ class WorkerRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
+        has_final = False
         try:
             if error is None:
                 self._worker.finish()
-                if self._reads:
-                    self._worker.read(self._memory)
-                self._flat.buffers.load(self._published_buffers)
+                has_final = True
                 if self._schedule.lags(self.version):
                     self._schedule.follow(self.version)
                 if self._has_average:
@@ -259,6 +255,6 @@ class WorkerRole(Role):
         finally:
             if self._notice is not None:
                 self._notice.undo()
-            self._flat.unbind()
+            self._parameters.end(final=has_final)
             self._threads.restore()
             leave_worker(self._worker, error)
