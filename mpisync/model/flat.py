@@ -36,7 +36,7 @@ class FlatModel:
         places: Where each of them lies.
         segments: (dtype name, count of elements) of each segment, padding included.
         buffers: The module buffers, packed.
-        frozen: The parameters that are not trained, packed; for the first broadcast.
+        frozen: The parameters that are not trained; they travel once, when the session begins.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class FlatModel:
         self.segments, self.places = lay_out(trained)
         self.names = tuple(place.name for place in self.places)
         self.buffers = PackedTensors(model, model.named_buffers())
-        self.frozen = PackedTensors(model, [(n, p) for n, p in named if not p.requires_grad])
+        self.frozen = tuple(p for _, p in named if not p.requires_grad)
         self._frozen = [(plain_name(name), p) for name, p in named if not p.requires_grad]
         strides = {
             name: place.stride for (name, _), place in zip(trained, self.places, strict=True)

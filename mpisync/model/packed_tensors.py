@@ -1,4 +1,4 @@
-"""Tensors beside the gradients, as one run of bytes: module buffers and frozen parameters.
+"""Tensors beside the gradients, as one run of bytes: module buffers.
 
 Module buffers (BatchNorm's statistics) are private to a worker while it computes, travel with its
 gradient, are averaged over the accepted ones, and come back with the parameters. Loading the
