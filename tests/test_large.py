@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ print("right", session.version, flush=True)
 
 
 def available_bytes():
-    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 

@@ -55,7 +55,8 @@ def _pieces(tensor: Tensor, most_bytes: int) -> Iterator[Tensor]:
         return
     rows = most_bytes * len(tensor) // size
     if rows:
-        yield from tensor.split(rows)
+        for start in range(0, len(tensor), rows):
+            yield tensor[start : start + rows]
     else:
         for row in tensor:
             yield from _pieces(row, most_bytes)

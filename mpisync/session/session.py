@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from mpisync.aggregation.late_work import LateWork, late_work_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.model.flat import FlatModel
+from mpisync.model.signature import plain_name
 from mpisync.model.update import averaged_state
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
@@ -114,11 +115,15 @@ class Session:
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
         self._role: Role | None = None
+        self._trained: list[str] = []
         self._has_batches = False
         self._evaluated = 0
         self.average: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
+        if isinstance(self._model, nn.Module):
+            named = self._model.named_parameters()
+            self._trained = [plain_name(name) for name, parameter in named if parameter.requires_grad]
         if self._comm.size == 1:
             check_launcher(self._comm)
             self._role = SingleProcessRole(self._model, self._optimizer, self._options)
@@ -250,7 +255,7 @@ class Session:
         if average and self._options.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
         twin: nn.Module = copy.deepcopy(plain)
-        return twin, self._active.fill(FlatModel(twin), average=average)
+        return twin, self._active.fill(FlatModel(twin, self._trained), average=average)
 
     def evaluate(
         self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False

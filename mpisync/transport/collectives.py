@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-
 from collections.abc import Iterable
 
 import numpy as np

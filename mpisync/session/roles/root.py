@@ -19,6 +19,7 @@ from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.shutdown import failure_of, leave_root
 from mpisync.model.flat import FlatModel
 from mpisync.model.scheduler import Schedule
+from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update, advice_on
 from mpisync.session.distributed_model import DistributedModel
 from mpisync.session.loop import LoopOptions, pool_of
@@ -68,7 +69,7 @@ class RootRole(Role):
             options.ema,
             self._averages,
         )
-        self._schedule = Schedule(options.scheduler, optimizer)
+        self._schedule, self._structure = Schedule(options.scheduler, optimizer), StructureWatch(model)
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
@@ -105,10 +106,12 @@ class RootRole(Role):
             self._root.collector.accounts = [Account(**account) for account in loop.accounts(self.workers)]
             self._late.load(loop.resume)
         self._recorder.begin(loop.steps)
+        self._structure.examine()
         for closed in self._root.serve(loop.steps):
             self._take(closed)
             self._schedule.advance(closed.loss)
             self._recorder.step(closed.publish())
+            self._structure.check()  # on_step= has been called
         yield from ()
 
     def _take(self, closed: ClosedStep) -> None:
@@ -164,7 +167,7 @@ class RootRole(Role):
         """Write the newest parameters and buffers into a copy of the model, and return their version."""
         memory = self._participant.parameters
         twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._extras))
+        self._flat.buffers.copy_to(twin.buffers, self._extras)
         return self.version
 
     def leave(self, error: BaseException | None) -> None:

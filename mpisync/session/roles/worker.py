@@ -23,6 +23,7 @@ from mpisync.model.carry import CarriedGradient
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.model.scheduler import Schedule
+from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
 from mpisync.session.accumulation import AccumulatedBatches, Accumulation
@@ -71,7 +72,7 @@ class WorkerRole(Role):
         self._flat.bind(self._distributed.parameters(self._memory))
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._groups = GroupWatch(optimizer)
+        self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
         self._notice = self._make_read_only(in_place) if settings.read("MPISYNC_READ_ONLY") else None
@@ -111,6 +112,7 @@ class WorkerRole(Role):
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
         """Yield batches until the root ends the training."""
         data = self._data(loader, loop)
+        self._structure.examine()
         self._writes.check()  # of own copies too: what was written before the first version is lost
         try:
             running = self._pull()
@@ -152,11 +154,14 @@ class WorkerRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
+        if not self._accumulation.has_gradient():
+            self._structure.examine()
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
         if self._in_place:
             self._writes.check()
         packed = self._flat.pack_gradients(self._slot)
+        self._structure.check(packed.presence)
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)
         self._flat.buffers.pack(self._buffers)
         self._worker.handed += basis.samples - basis.drawn
@@ -238,7 +243,7 @@ class WorkerRole(Role):
         memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
         twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._participant.published.extras(memory)))
+        self._flat.buffers.copy_to(twin.buffers, self._participant.published.extras(memory))
         return version
 
     def leave(self, error: BaseException | None) -> None:
