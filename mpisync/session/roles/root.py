@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -97,7 +97,7 @@ class RootRole(Role):
         """Each parameter with its average, at the end."""
         return self._kept_averages
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Serve until the end, and yield nothing, for the root does not train."""
         self._has_served = True
         if isinstance(self._late, Requeue):

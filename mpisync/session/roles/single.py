@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class SingleProcessRole(Role):
     def _account(self) -> Account:
         return self._collector.accounts[0]
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield batches until there were `steps` updates, or the pool is empty."""
         steps, late = loop.steps, self._late
         if isinstance(late, Requeue):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ class WorkerRole(Role):
         """Each parameter with its average, at the end."""
         return self._kept_averages
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield batches until the root ends the training."""
         data = self._data(loader, loop)
         self._structure.examine()
