@@ -202,6 +202,7 @@ AHEAD = {
     "zipped with itself": lambda batches: (one for one, _ in zip(batches, batches, strict=False)),
     "through a bar": lambda batches: timed(lookahead(batches)),
     "over a bar": lambda batches: lookahead(timed(batches)),
+    "changed on the way": lambda batches: ((x * 1, y * 1) for x, y in lookahead(batches)),
     "list": list,
 }
 
