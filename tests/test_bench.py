@@ -67,6 +67,8 @@ def test_what_was_typed_is_what_the_ranks_get():
         (["--workers", "1"], "at least 2 workers, not 1"),
         (["--sizes", "8", "0"], "--sizes must be at least 1, not 0"),
         (["--iterations", "0"], "--iterations must be at least 1, not 0"),
+        (["--sizes", str(1 << 33)], "sizes must be below 8589934592 bytes"),
+        (["--max", str(1 << 34)], "take at most 2^31 - 1 numbers"),
         (["--burst", "0"], "--burst must be at least 1"),
         (["--skip", "-1"], "--skip must be at least 0"),
         (["--min", "5", "--max", "7"], "no power of two from --min 5 to --max 7"),

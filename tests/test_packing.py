@@ -173,15 +173,6 @@ def test_a_buffer_that_changes_its_shape_is_refused_by_name():
         buffers.pack(buffers.views(np.zeros(buffers.size_bytes, np.uint8)))
 
 
-def test_frozen_parameters_travel_by_the_same_means():
-    model, other = (nn.Linear(3, 3).requires_grad_(False) for _ in range(2))
-    one, two = FlatModel(model).frozen, FlatModel(other).frozen
-    memory = np.zeros(one.size_bytes, np.uint8)
-    one.pack(one.views(memory))
-    two.load(two.views(memory))
-    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
-
-
 def test_a_compiled_models_buffers_are_found():
     model = torch.compile(Buffers(), backend="eager")
     before = packed(model)

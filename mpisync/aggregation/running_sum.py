@@ -64,7 +64,7 @@ class RunningSum:
         self._divisor += factor
         self._bound += factor * info.peak  # no element of the sum can be larger in magnitude
         if self.layout.extras_bytes:
-            self.extras.append(link.gradient(worker, self.layout.blocks[-1]).copy())
+            self.extras.append(np.concatenate([link.gradient(worker, block) for block in self.layout.extras_blocks]))
 
     @property
     def pending(self) -> list[int]:

@@ -31,6 +31,7 @@ from mpisync.commands.benching import cluster, marks
 NAME = "bench"
 METHODS = ("shared", "messages", "allreduce", "reduce_bcast", "gloo")
 _WORKERS = 4
+_MOST_BYTES = 4 << 31  # of numbers that take four each: MPI counts them in 32 bits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +96,11 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
     if options.sizes and min(options.sizes) < 1:
         raise ValueError(f"--sizes must be at least 1, not {min(options.sizes)}")
+    if (largest := max(options.sizes or [options.max])) >= _MOST_BYTES:
+        raise ValueError(
+            f"sizes must be below {_MOST_BYTES} bytes, not {largest}: MPI's own sums, which it is compared with, take "
+            "at most 2^31 - 1 numbers"
+        )
     if not options.sizes and options.max < 1 << (options.min - 1).bit_length():
         raise ValueError(f"there is no power of two from --min {options.min} to --max {options.max}")
 

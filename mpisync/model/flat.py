@@ -6,7 +6,7 @@ each tensor on a 64-byte boundary and in its own memory format; what lies betwee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,28 +30,31 @@ class Packed(NamedTuple):
 class FlatModel:
     """A model as flat memory.
 
+    Args:
+        model: Whose parameters.
+        trained: Names of those that travel; whichever require a gradient unless given.
+
     Attributes:
         names: The parameters that travel, in a fixed order.
         parameters: The Parameter objects themselves; optimizers hold them too.
         places: Where each of them lies.
         segments: (dtype name, count of elements) of each segment, padding included.
         buffers: The module buffers, packed.
-        frozen: The parameters that are not trained, packed; for the first broadcast.
-        frozen_parameters: Their names and the tensors themselves.
+        frozen: The parameters that are not trained, with their names; they travel once, when the session begins.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trained: Collection[str] | None = None) -> None:
         named = list(model.named_parameters())
-        trained = [(name, p) for name, p in named if p.requires_grad]
+        ours = [(n, p) for n, p in named if (p.requires_grad if trained is None else plain_name(n) in trained)]
+        frozen = [(name, p) for name, p in named if all(p is not own for _, own in ours)]
         refuse_overlaps(named)
-        self.parameters = tuple(p for _, p in trained)
-        self.segments, self.places = lay_out(trained)
+        self.parameters = tuple(p for _, p in ours)
+        self.segments, self.places = lay_out(ours)
         self.names = tuple(place.name for place in self.places)
         self.buffers = PackedTensors(model, model.named_buffers())
-        self.frozen = PackedTensors(model, [(n, p) for n, p in named if not p.requires_grad])
-        self.frozen_parameters = [(plain_name(name), p) for name, p in named if not p.requires_grad]
+        self.frozen = [(plain_name(name), p) for name, p in frozen]
         strides = {
-            name: place.stride for (name, _), place in zip(trained, self.places, strict=True)
+            name: place.stride for (name, _), place in zip(ours, self.places, strict=True)
         }
         self._copier = GradientCopier(self.segments, self.places)
         self._signature = signature(model, strides)
@@ -135,12 +138,7 @@ class FlatModel:
             slot: Views of the memory that the root reads.
             kernel: Copies and checks large tensors: the `pack` of a `Reducer` with more threads.
         """
-        for name, parameter in self.frozen_parameters:
-            if parameter.grad is not None:
-                raise RuntimeError(
-                    f"parameter {name!r} was frozen when the session began and has a gradient now: "
-                    "set requires_grad before Session"
-                )
+        self.refuse_thawed()
         gradients = [parameter.grad for parameter in self.parameters]
         for name, gradient in zip(self.names, gradients, strict=True):
             if gradient is not None and gradient.layout is not torch.strided:
@@ -152,6 +150,16 @@ class FlatModel:
         for parameter in self.parameters:
             parameter.grad = None
         return Packed(bytes(gradient is not None for gradient in gradients), peak)
+
+    def refuse_thawed(self) -> None:
+        """Raise RuntimeError if a parameter that is not trained has a gradient."""
+        for name, parameter in self.frozen:
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"parameter {name!r} was frozen when the session began and has a gradient now: set requires_grad "
+                    "before Session; what is to be trained later may be trained from the beginning, or frozen inside "
+                    "session.batches"
+                )
 
     def assign_gradients(self, mean: Views, presence: bytes) -> None:
         """Give the parameters the mean gradient, and None where `presence` has a 0.

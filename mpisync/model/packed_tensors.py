@@ -1,12 +1,16 @@
-"""Tensors beside the gradients, as one run of bytes: module buffers and frozen parameters.
+"""Tensors beside the gradients, as one run of bytes: module buffers.
 
 Module buffers (BatchNorm's statistics) are private to a worker while it computes, travel with its
 gradient, are averaged over the accepted ones, and come back with the parameters. Loading the
 published bytes is also how a late step is undone.
+
+Buffers keep their shape and dtype. One that is not persistent is no part of the model's state: where it is given
+another shape, or taken away, it is a cache, and from then on that rank's own.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpisync.model.signature import describe, plain_name
 from mpisync.transport.layout import aligned
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -33,16 +38,24 @@ class Item:
     dtype: torch.dtype
     offset: int
 
-    def current(self) -> Tensor:
-        """Return the tensor that the module has now; modules may assign a new one."""
-        tensor: Tensor = getattr(self.owner, self.attribute)
-        if tensor.shape != self.shape or tensor.dtype != self.dtype:
-            raise ValueError(
-                f"{self.name!r} was {describe(self.shape, self.dtype)} when the session began and "
-                f"is {describe(tensor.shape, tensor.dtype)} now: a tensor that travels with the "
-                "gradient keeps its shape and dtype; register it with its final shape"
-            )
-        return tensor.data
+    def current(self) -> Tensor | None:
+        """Return the tensor that the module has now, which may be a new one; None where it has become a cache.
+
+        Raises:
+            ValueError: It has another shape or dtype, or is gone, and is a part of the model's state.
+        """
+        tensor = getattr(self.owner, self.attribute, None)
+        if isinstance(tensor, Tensor) and tensor.shape == self.shape and tensor.dtype == self.dtype:
+            return tensor.data
+        if self.attribute in self.owner._non_persistent_buffers_set:
+            return None
+        now = describe(tensor.shape, tensor.dtype) if isinstance(tensor, Tensor) else "gone"
+        raise ValueError(
+            f"buffer {self.name!r} was {describe(self.shape, self.dtype)} when the session began and is {now} now: a "
+            "tensor that travels with the gradient keeps its shape and dtype. Register it with its final shape, or run "
+            "one forward pass (model(x)) before Session, on every rank; if it is a cache, register it with "
+            "persistent=False"
+        )
 
 
 class PackedTensors:
@@ -58,6 +71,8 @@ class PackedTensors:
             by_dtype.setdefault(tensor.dtype, []).append((name, tensor))
         self._items: list[Item] = []
         self._runs: list[tuple[torch.dtype, int, int]] = []  # dtype, first byte, last byte + 1
+        self._own: set[str] = set()  # caches: no longer the same on all ranks
+        self._loaded: list[Tensor] = []  # what was published last
         self.size_bytes = 0
         for dtype, members in sorted(by_dtype.items(), key=lambda pair: str(pair[0])):
             begin = self.size_bytes
@@ -70,7 +85,7 @@ class PackedTensors:
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         self._items.append(
-            Item(name, owner, attribute, tensor.shape, tensor.dtype, self.size_bytes)
+            Item(plain_name(name), owner, attribute, tensor.shape, tensor.dtype, self.size_bytes)
         )
         self.size_bytes += tensor.numel() * tensor.element_size()
 
@@ -88,13 +103,43 @@ class PackedTensors:
     def pack(self, views: list[Tensor]) -> None:
         """Copy the module's present tensors into the bytes that `views` shows."""
         if views:
-            torch._foreach_copy_(views, [item.current() for item in self._items])
+            torch._foreach_copy_(views, self._current(self._loaded or views))
 
     @torch.no_grad()
     def load(self, views: list[Tensor]) -> None:
         """Write the bytes that `views` shows into the module's tensors, in place."""
         if views:
-            torch._foreach_copy_([item.current() for item in self._items], views)
+            self._loaded = views
+            torch._foreach_copy_(self._current(views), views)
+
+    def _current(self, published: list[Tensor]) -> list[Tensor]:
+        """Return the module's present tensors; for a cache that is this rank's own, what was published."""
+        return [
+            view if item.name in self._own else self._shared(item, view)
+            for item, view in zip(self._items, published, strict=True)
+        ]
+
+    def _shared(self, item: Item, view: Tensor) -> Tensor:
+        tensor = item.current()
+        if tensor is None:
+            self._own.add(item.name)
+            warnings.warn(
+                f"buffer {item.name!r}, which is not persistent, was {describe(item.shape, item.dtype)} when the "
+                "session began and is not any more: it counts as a cache, and from now on every rank has its own",
+                stacklevel=2,
+            )
+            return view
+        return tensor
+
+    @torch.no_grad()
+    def copy_to(self, twin: PackedTensors, packed: Bytes) -> None:
+        """Write what `packed` holds into the tensors of a copy of the model; caches stay as they are there."""
+        theirs = {item.name: item for item in twin._items}
+        for item, view in zip(self._items, self.views(packed), strict=True):
+            other = theirs.get(item.name)
+            if other is not None and (other.shape, other.dtype) == (item.shape, item.dtype):
+                if (tensor := other.current()) is not None:
+                    tensor.copy_(view)
 
     def average(self, target: Bytes, packed: Sequence[Bytes]) -> None:
         """Write the mean of `packed` to `target`, which may be one of them.
@@ -119,8 +164,3 @@ def _mean(parts: Sequence[Bytes], dtype: torch.dtype) -> Bytes:
     first = stacked[0]
     mean = torch.where((stacked == first).all(0), first, stacked.mean(0))
     return mean.to(dtype).view(torch.uint8).numpy()
-
-
-def describe(shape: Sequence[int], dtype: torch.dtype | str) -> str:
-    """Say a tensor's shape and dtype: '[10, 64] float32'."""
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-
-from mpisync.model.packed_tensors import describe
 
 Entry = dict[str, Any]
 
@@ -16,6 +16,11 @@ def plain_name(name: str) -> str:
     """Return a tensor's name without what torch.compile puts into it."""
     # The root does not train, so a script may compile on the workers only.
     return name.replace("_orig_mod.", "")
+
+
+def describe(shape: Sequence[int], dtype: torch.dtype | str) -> str:
+    """Say a tensor's shape and dtype: '[10, 64] float32'."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def signature(model: nn.Module, strides: dict[str, tuple[int, ...]]) -> bytes:

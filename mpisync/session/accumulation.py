@@ -82,7 +82,9 @@ class Accumulation:
             ValueError: It is the mean of no sample.
         """
         if not self._batches:
-            raise RuntimeError("session.step must follow a batch of session.batches, or several")
+            raise RuntimeError(
+                "session.step must follow a batch of session.batches, or several, each drawn after the step before it"
+            )
         if not self.has_gradient() and not is_vain():
             raise RuntimeError(
                 "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"

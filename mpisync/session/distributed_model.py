@@ -11,14 +11,15 @@ from torch.optim import Optimizer
 
 from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.model.flat import FlatModel
+from mpisync.model.frozen import in_blocks
 from mpisync.model.scheduler import check_scheduler
 from mpisync.model.signature import difference
 from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
-from mpisync.transport.collectives import poll
-from mpisync.transport.layout import Layout, aligned, aligned_bytes
+from mpisync.transport.collectives import broadcast
+from mpisync.transport.layout import BLOCK_BYTES, Layout, aligned, aligned_bytes
 from mpisync.transport.rendezvous import Proposal, meet
 
 
@@ -66,15 +67,10 @@ class DistributedModel:
 
     def _share_frozen(self) -> None:
         """Give everyone the root's frozen parameters, once: they never travel again."""
-        frozen, meeting = self.flat.frozen, self.participant.meeting
-        if frozen.size_bytes:
-            values = aligned_bytes(frozen.size_bytes)
-            views = frozen.views(values)
-            if meeting.is_root:
-                frozen.pack(views)
-            request = meeting.comm.Ibcast([values, MPI.BYTE], root=meeting.root)
-            poll(request, meeting.comm, "to share frozen parameters")
-            frozen.load(views)
+        meeting = self.participant.meeting
+        tensors = [tensor for _, tensor in self.flat.frozen]
+        blocks = in_blocks(tensors, aligned_bytes(BLOCK_BYTES), takes=not meeting.is_root)
+        broadcast(blocks, meeting.comm, meeting.root, "to share frozen parameters")
 
     def parameters(self, memory: np.ndarray) -> Views:
         """Return the parameters in a version's bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -15,9 +16,11 @@ from torch.optim import Optimizer
 from mpisync.aggregation.late_work import LateWork, late_work_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.model.flat import FlatModel
+from mpisync.model.signature import plain_name
 from mpisync.model.update import averaged_state
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
+from mpisync.session.iteration import DrawWatch, SessionLoop, left_by_next
 from mpisync.session.loop import LoopOptions
 from mpisync.session.options import Options, check_communicator, chosen_policy
 from mpisync.session.roles.base import Role
@@ -114,11 +117,15 @@ class Session:
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
         self._role: Role | None = None
-        self._has_batches = False
+        self._trained: list[str] = []
+        self._draws: DrawWatch | None = None
         self._evaluated = 0
         self.average: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
+        if isinstance(self._model, nn.Module):
+            named = self._model.named_parameters()
+            self._trained = [plain_name(name) for name, parameter in named if parameter.requires_grad]
         if self._comm.size == 1:
             check_launcher(self._comm)
             self._role = SingleProcessRole(self._model, self._optimizer, self._options)
@@ -132,8 +139,10 @@ class Session:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
-        role = self._active
+    ) -> bool:
+        role, is_over = self._active, left_by_next(error, self._comm)
+        problem = None if self._draws is None else self._draws.problem(error)
+        error = problem or (None if is_over else error)
         try:
             role.leave(error)
             if role.averages is not None:
@@ -142,6 +151,9 @@ class Session:
             self._role = EndedRole(
                 role.worker, role.workers, role.version, role.makes_updates, role.averages, role.samples()
             )
+        if problem is not None:
+            raise problem
+        return is_over
 
     @property
     def _active(self) -> Role:
@@ -176,18 +188,20 @@ class Session:
                 versions count from 0.
 
         Raises:
-            RuntimeError: This is a second loop; at the end of the `with`: the root had none.
+            RuntimeError: This is a second loop; it draws batches ahead of their steps, or in another thread; another
+                session's loop is open; at the end of the `with`: the root had none.
             PeerFailed: Another rank failed.
         """
-        if self._has_batches:
+        if self._draws is not None:
             raise RuntimeError(
                 "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
                 "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
             )
         loop = LoopOptions(steps, epochs, resume)
         loop.check(self._options.on_late, self._options.seed)
-        self._has_batches = True
-        return self._active.batches(loader, loop)
+        drawn = self._active.batches(loader, loop)
+        self._draws = DrawWatch(self._comm, self._model)
+        return SessionLoop(drawn, self._draws)
 
     def step(
         self, loss: Tensor | float | None = None, *, samples: int | None = None, cost: float | None = None
@@ -209,6 +223,8 @@ class Session:
         value = float(loss.detach() if isinstance(loss, Tensor) else math.nan if loss is None else loss)
         if cost is not None and not 0 < cost < math.inf:
             raise ValueError(f"cost must be finite and greater than 0, not {cost}")
+        if self._draws is not None:
+            self._draws.step(sys._getframe(1))
         return self._active.step(value, samples, math.nan if cost is None else float(cost))
 
     def stale(self) -> bool:
@@ -250,7 +266,7 @@ class Session:
         if average and self._options.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
         twin: nn.Module = copy.deepcopy(plain)
-        return twin, self._active.fill(FlatModel(twin), average=average)
+        return twin, self._active.fill(FlatModel(twin, self._trained), average=average)
 
     def evaluate(
         self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False

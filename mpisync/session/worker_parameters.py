@@ -58,7 +58,7 @@ class WorkerParameters:
         self._at_gradient: list[str] | None = None  # what had been written when the first gradient came
         self._handles: list[RemovableHandle] = []
         self._writes = WriteWatch(zip(flat.names, flat.parameters, strict=True), REMEDY)
-        self._frozen = FrozenWatch(flat.frozen_parameters)
+        self._frozen = FrozenWatch(flat.frozen)
         self._sample = None if self._is_overwritten or own_copy else MemorySample(self.memory)
 
     def check_before(self) -> None:

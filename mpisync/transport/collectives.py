@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 import numpy as np
 from mpi4py import MPI
 
 from mpisync import settings, siblings
+
+MOST_BYTES = 1 << 30  # that one call receives: MPI counts in 32 bits
 
 
 def poll(request: MPI.Request, comm: MPI.Intracomm, what: str) -> None:
@@ -72,12 +75,29 @@ def _names(found: list[siblings.Sibling]) -> str:
 def exchange(comm: MPI.Intracomm, text: str, what: str) -> list[str]:
     """Send this rank's text to all, and return everyone's."""
     data = np.frombuffer(text.encode(), np.uint8)
-    counts = np.zeros(comm.size, np.int64)
-    poll(comm.Iallgather(np.array([data.size], np.int64), counts), comm, f"to say {what}")
-    everything = np.zeros(int(counts.sum()), np.uint8)
-    places = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    target = [everything, (counts.tolist(), places.tolist()), MPI.BYTE]
-    poll(comm.Iallgatherv([data, MPI.BYTE], target), comm, f"to say {what}")
-    return [
-        everything[p : p + c].tobytes().decode() for p, c in zip(places, counts, strict=True)
-    ]
+    sizes = np.zeros(comm.size, np.int64)
+    poll(comm.Iallgather(np.array([data.size], np.int64), sizes), comm, f"to say {what}")
+    share = max(1, MOST_BYTES // comm.size)  # of a rank, in one call
+    said = [bytearray() for _ in sizes]
+    for start in range(0, int(sizes.max()), share):
+        counts = np.clip(sizes - start, 0, share)
+        places = np.cumsum(counts) - counts
+        came = np.zeros(int(counts.sum()), np.uint8)
+        target = [came, (counts.tolist(), places.tolist()), MPI.BYTE]
+        poll(comm.Iallgatherv([data[start : start + share], MPI.BYTE], target), comm, f"to say {what}")
+        for of_rank, place, count in zip(said, places, counts, strict=True):
+            of_rank += came[place : place + count].tobytes()
+    return [of_rank.decode() for of_rank in said]
+
+
+def broadcast(blocks: Iterable[np.ndarray], comm: MPI.Intracomm, root: int, what: str) -> None:
+    """Broadcast block after block, each taken from `blocks` when those before it are everywhere.
+
+    Args:
+        blocks: Bytes; as many, and as large, on every rank, none larger than a call takes.
+        comm: Among whom.
+        root: Who has them.
+        what: What for, in the words of a report on who keeps it waiting.
+    """
+    for block in blocks:
+        poll(comm.Ibcast([block, MPI.BYTE], root=root), comm, what)

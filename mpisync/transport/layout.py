@@ -1,8 +1,9 @@
 """The layout of a gradient, or of a parameter version, in one run of bytes.
 
 Both have the same shape: one segment per dtype, each starting on a 64-byte boundary, then `extras`: bytes that travel
-with them unread (which parameters had a gradient, module buffers). Blocks are the pieces that messages carry: a block
-never crosses a segment's end, so that it can be folded by itself.
+with them unread (which parameters had a gradient, module buffers). Blocks are the pieces that messages carry, none
+larger than BLOCK_BYTES, however large a segment or the extras are: MPI counts in 32 bits. A block never crosses a
+segment's end, so that it can be folded by itself.
 """
 
 from __future__ import annotations
@@ -85,17 +86,16 @@ class Layout:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks in which messages carry the bytes; the extras, if any, are the last."""
-        blocks = []
+        """The blocks in which messages carry the bytes; those of the extras, if any, are the last."""
+        blocks: list[Block] = []
         for index, segment in enumerate(self.segments):
-            step = BLOCK_BYTES // segment.dtype.itemsize
-            blocks += [
-                Block(index, start, min(start + step, segment.count))
-                for start in range(0, segment.count, step)
-            ]
-        if self.extras_bytes:
-            blocks.append(Block(-1, 0, self.extras_bytes))
-        return tuple(blocks)
+            blocks += _split(index, segment.count, BLOCK_BYTES // segment.dtype.itemsize)
+        return (*blocks, *self.extras_blocks)
+
+    @cached_property
+    def extras_blocks(self) -> tuple[Block, ...]:
+        """The blocks of the extras; none where there are none."""
+        return tuple(_split(-1, self.extras_bytes, BLOCK_BYTES))
 
     @cached_property
     def wholes(self) -> tuple[Block, ...]:
@@ -122,6 +122,10 @@ class Layout:
     def extras(self, memory: np.ndarray) -> np.ndarray:
         """Return the extras of `memory`, a uint8 view."""
         return memory[self.extras_offset : self.extras_offset + self.extras_bytes]
+
+
+def _split(segment: int, count: int, step: int) -> list[Block]:
+    return [Block(segment, start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def aligned_bytes(size_bytes: int) -> np.ndarray:

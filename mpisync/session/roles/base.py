@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from mpisync.aggregation.verdict import Verdict
@@ -36,7 +36,7 @@ class Role(abc.ABC):
         """Each parameter with its average, at the end; None where none was kept."""
 
     @abc.abstractmethod
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield what this rank computes on until the training ends."""
 
     @abc.abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NoReturn
 
 from mpisync.model.flat import FlatModel
@@ -49,7 +49,7 @@ class EndedRole(Role):
         """Return every worker's account and place in the data, as they were at the end."""
         return self._samples
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Raise RuntimeError: no batch follows."""
         raise RuntimeError("the session has ended: its loop belongs inside the `with`; make another session")
 

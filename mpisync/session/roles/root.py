@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,6 +22,7 @@ from mpisync.model.binding import Binding
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import REMEDY, FrozenWatch
 from mpisync.model.scheduler import Schedule
+from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update, advice_on
 from mpisync.model.write_sample import MemorySample
 from mpisync.session.distributed_model import DistributedModel
@@ -57,7 +58,7 @@ class RootRole(Role):
         self._flat.store(parameters)
         self._binding = Binding(model, self._flat, parameters, lambda: [view.clone() for view in parameters.tensors])
         self._binding.bind()
-        self._sample, self._frozen = MemorySample(memory), FrozenWatch(self._flat.frozen_parameters)
+        self._sample, self._frozen = MemorySample(memory), FrozenWatch(self._flat.frozen)
         self._extras = self._participant.published.extras(memory)
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
@@ -74,7 +75,7 @@ class RootRole(Role):
             options.ema,
             self._averages,
         )
-        self._schedule = Schedule(options.scheduler, optimizer)
+        self._schedule, self._structure = Schedule(options.scheduler, optimizer), StructureWatch(model)
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
@@ -102,7 +103,7 @@ class RootRole(Role):
         """Each parameter with its average, at the end."""
         return self._kept_averages
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Serve until the end, and yield nothing, for the root does not train."""
         self._has_served = True
         if isinstance(self._late, Requeue):
@@ -112,6 +113,7 @@ class RootRole(Role):
             self._late.load(loop.resume)
         self._recorder.begin(loop.steps)
         self._sample.take()
+        self._structure.examine()
         for closed in self._root.serve(loop.steps):
             self._check_writes()
             self._take(closed)
@@ -119,6 +121,7 @@ class RootRole(Role):
             record = closed.publish()
             self._sample.take()
             self._recorder.step(record)
+            self._structure.check()  # on_step= has been called
         yield from ()
 
     def _check_writes(self) -> None:
@@ -206,7 +209,7 @@ class RootRole(Role):
         """Write the newest parameters and buffers into a copy of the model, and return their version."""
         memory = self._participant.parameters
         twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._extras))
+        self._flat.buffers.copy_to(twin.buffers, self._extras)
         return self.version
 
     def leave(self, error: BaseException | None) -> None:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mpisync.data.batches import Batches
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import forbid_steps
 from mpisync.model.scheduler import Schedule, check_scheduler
+from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.policies import Arrival, BackupWorkers
@@ -79,7 +80,7 @@ class SingleProcessRole(Role):
         self._schedule = Schedule(options.scheduler, optimizer)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._accumulation = Accumulation(self._flat.parameters)
+        self._accumulation, self._structure = Accumulation(self._flat.parameters), StructureWatch(model)
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
@@ -106,7 +107,7 @@ class SingleProcessRole(Role):
     def _account(self) -> Account:
         return self._collector.accounts[0]
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield batches until there were `steps` updates, or the pool is empty."""
         steps, late = loop.steps, self._late
         if isinstance(late, Requeue):
@@ -123,6 +124,7 @@ class SingleProcessRole(Role):
             start=loop.batches(0),
         )
         self._recorder.begin(steps)
+        self._structure.examine()
         self._flat.buffers.pack(self._buffers)
         self._began_s = self._collector.player.step.opened_s = time.monotonic()
         try:
@@ -151,6 +153,8 @@ class SingleProcessRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Update from the gradient, unless it has NaN or Inf."""
+        self._flat.refuse_thawed()
+        self._structure.check(bytes(parameter.grad is not None for parameter in self._flat.parameters))
         basis, came_s, step = self._accumulation.take(samples), time.monotonic(), self.version
         info = GradientInfo(
             basis.samples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from mpisync.model.flat import FlatModel, Packed
 from mpisync.model.gradients import peak_of
 from mpisync.model.guards import REMEDY, GroupWatch, forbid_steps
 from mpisync.model.scheduler import Schedule
+from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
 from mpisync.session.accumulation import AccumulatedBatches, Accumulation
@@ -73,7 +74,7 @@ class WorkerRole(Role):
         )
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._groups = GroupWatch(optimizer)
+        self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
         self._accumulation = Accumulation(self._flat.parameters)
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
@@ -107,9 +108,10 @@ class WorkerRole(Role):
         """Each parameter with its average, at the end."""
         return self._kept_averages
 
-    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield batches until the root ends the training."""
         data = self._data(loader, loop)
+        self._structure.examine()
         self._parameters.check_before()
         try:
             running = self._pull()
@@ -151,10 +153,13 @@ class WorkerRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
+        if not self._accumulation.has_gradient():
+            self._structure.examine()
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
         initialised = self._parameters.check()
         packed = self._flat.pack_gradients(self._slot)
+        self._structure.check(packed.presence)
         if initialised:  # these parameters go where the gradient would
             self._flat.store(self._slot)
             packed = Packed(packed.presence, max(peak_of(segment) for segment in self._slot.segments))
@@ -235,7 +240,7 @@ class WorkerRole(Role):
         memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
         twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._participant.published.extras(memory)))
+        self._flat.buffers.copy_to(twin.buffers, self._participant.published.extras(memory))
         return version
 
     def leave(self, error: BaseException | None) -> None:
