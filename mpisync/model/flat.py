@@ -82,7 +82,7 @@ class FlatModel:
     def zeros(self) -> Views:
         """Return new private segments in the parameters' dtypes."""
         return self.views(
-            [torch.zeros(count, dtype=getattr(torch, name)) for name, count in self.segments]
+            [torch.zeros(count, dtype=getattr(torch, name), device="cpu") for name, count in self.segments]
         )
 
     # --- parameters ---------------------------------------------------------------------------
@@ -113,6 +113,11 @@ class FlatModel:
     def store(self, views: Views) -> None:
         """Copy the parameters into flat memory."""
         torch._foreach_copy_(list(views.tensors), [p.data for p in self.parameters])
+
+    def paired(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter that travels, and each module buffer, with its value in one version."""
+        pairs = zip(self.parameters, parameters, strict=True)
+        return [*pairs, *zip(self.buffers.tensors(), buffers, strict=True)]
 
     # --- gradients ----------------------------------------------------------------------------
 
@@ -162,7 +167,7 @@ class FlatModel:
         if self._casts is None:
             self._casts = self.views(
                 [
-                    flat if equal else torch.zeros(len(flat), dtype=kind)
+                    flat if equal else torch.zeros(len(flat), dtype=kind, device="cpu")
                     for flat, kind, equal in zip(mean.segments, kinds, same, strict=True)
                 ]
             )

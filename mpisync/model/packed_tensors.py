@@ -74,6 +74,10 @@ class PackedTensors:
         )
         self.size_bytes += tensor.numel() * tensor.element_size()
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors themselves that the module has now."""
+        return [getattr(item.owner, item.attribute) for item in self._items]
+
     def views(self, packed: Bytes) -> list[Tensor]:
         """Return each tensor as a view of `packed`, `size_bytes` long and 64-byte aligned."""
         flat = torch.from_numpy(packed)

@@ -55,7 +55,7 @@ def lay_out(
     places = []
     for name, (parameter, tensor) in zip(names, trained, strict=True):
         step = ALIGNMENT // DTYPES[name].itemsize
-        stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape).stride()
+        stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
         places.append(
             TensorLayout(
                 plain_name(parameter),

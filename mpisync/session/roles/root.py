@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from mpisync.aggregation.account import Account
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.shutdown import failure_of, leave_root
-from mpisync.model.flat import FlatModel
+from mpisync.model.copies import Values
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages, Update, advice_on
 from mpisync.session.distributed_model import DistributedModel
@@ -106,8 +107,9 @@ class RootRole(Role):
             self._late.load(loop.resume)
         self._recorder.begin(loop.steps)
         for closed in self._root.serve(loop.steps):
-            self._take(closed)
-            self._schedule.advance(closed.loss)
+            with torch.inference_mode(False):  # as in a loop that has set nothing, whatever the script has set here
+                self._take(closed)
+                self._schedule.advance(closed.loss)
             self._recorder.step(closed.publish())
         yield from ()
 
@@ -160,12 +162,10 @@ class RootRole(Role):
         """End the training before another step closes."""
         self._root.stop()
 
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers into a copy of the model, and return their version."""
-        memory = self._participant.parameters
-        twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._extras))
-        return self.version
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the newest version: its number, and the values in it of the model's tensors."""
+        views = (self._distributed.averages if average else self._distributed.parameters)(self._participant.parameters)
+        return self.version, self._flat.paired(views.tensors, self._buffers)
 
     def leave(self, error: BaseException | None) -> None:
         """End the training on every rank."""

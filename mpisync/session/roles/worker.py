@@ -20,7 +20,7 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
-from mpisync.model.flat import FlatModel
+from mpisync.model.copies import Values
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages
@@ -233,13 +233,14 @@ class WorkerRole(Role):
         """Ask the root to end the training."""
         self._worker.stop()
 
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers, whole, into a copy of the model, and return their version."""
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the newest version, whole: its number, and the values in it of the model's tensors."""
         memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
-        twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        twin.buffers.load(twin.buffers.views(self._participant.published.extras(memory)))
-        return version
+        views = (self._distributed.averages if average else self._distributed.parameters)(memory)
+        return version, self._flat.paired(
+            views.tensors, self._flat.buffers.views(self._participant.published.extras(memory))
+        )
 
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
