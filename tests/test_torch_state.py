@@ -85,7 +85,7 @@ def trained(comm, model, optimizer, state, batches, **more):
                 session.step(loss_of(model, x, y, backward=True))
                 if session.worker == 0 and session.version == 2:
                     twin = session.snapshot(average=True)
-                    found.append(session.evaluate(lambda one: loss_of(one.eval(), x, y), every=1))
+                    found.append(session.evaluate(lambda one, x=x, y=y: loss_of(one.eval(), x, y), every=1))
                     seen += [*session.state_dict()["model"].values(), *twin.parameters()]
         seen += [*session.average.values(), *model.state_dict().values(), *session.snapshot().parameters()]
     assert not any(tensor.is_inference() for tensor in (*seen, *model.parameters(), *model.buffers()))
@@ -94,7 +94,9 @@ def trained(comm, model, optimizer, state, batches, **more):
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "clip_norm": 0.1, "on_late": "carry"}], ids=["plain", "more"])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9, "clip_norm": 0.1, "on_late": "carry"}], ids=["plain", "more"]
+)
 @pytest.mark.parallel(WORKERS + 1)
 def test_nothing_that_a_script_sets_changes_a_session(comm, monkeypatch, transport, options):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)

@@ -37,4 +37,8 @@ def inside(holder: dict[str, object]) -> Iterator[tuple[str, object]]:
             continue
         if id(value) not in seen:
             seen.add(id(value))
-            open_ += [(f"{path}[{key!r}]", one) for key, one in items]
+            open_ += [(f"{path}[{_shown(key)}]", one) for key, one in items]
+
+
+def _shown(key: object) -> str:
+    return repr(key) if isinstance(key, str | int) else type(key).__name__

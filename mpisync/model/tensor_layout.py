@@ -100,9 +100,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 def refuse_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse parameters that share memory without being one Parameter: they would come apart."""
-    spans = sorted((p.data_ptr(), p.numel() * p.element_size(), name) for name, p in named)
-    for (start, size, one), (later, other_size, other) in pairwise(spans):
-        if size and other_size and later < start + size:
+    spans = sorted((p.data_ptr(), p.numel() * p.element_size(), name) for name, p in named if p.numel())
+    for (start, size, one), (later, _, other) in pairwise(spans):
+        if later < start + size:
             raise ValueError(
                 f"parameters {plain_name(one)!r} and {plain_name(other)!r} share memory and are "
                 "two Parameters: tie them by assigning the same Parameter to both"

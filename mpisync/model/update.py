@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
@@ -97,10 +97,14 @@ class Update:
 
 def _is_plain(optimizer: Optimizer) -> bool:
     """Say whether a step of this optimizer is torch's own SGD's and nothing more."""
+    if type(optimizer) is not SGD:
+        return False
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper there
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    return type(optimizer) is SGD and not hooks and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    # Private names of torch: where one lacks, somebody may want to see the gradients.
+    hooks = [vars(optimizer).get(f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")]
+    home = sys.modules[Optimizer.__module__]
+    hooks += [getattr(home, f"_global_optimizer_{when}_hooks", True) for when in ("pre", "post")]
+    return not any(hooks) and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
 
 
 @cache

@@ -19,9 +19,11 @@ from mpisync.aggregation.shutdown import leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
+from mpisync.model.aliases import ComputedViews
 from mpisync.model.carry import CarriedGradient
 from mpisync.model.copies import Values
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.model.optimizer_traps import OptimizerTrap
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
@@ -68,9 +70,11 @@ class WorkerRole(Role):
         self._memory = link.parameters if in_place else self._participant.memory.allocate(link.published.size_bytes)
         self._reads = not in_place
         self._published_buffers = self._flat.buffers.views(link.published.extras(self._memory))
+        self._computed = ComputedViews(model)
         self._flat.bind(self._distributed.parameters(self._memory))
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
+        self._optimizer_trap = OptimizerTrap(optimizer)
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
@@ -154,6 +158,7 @@ class WorkerRole(Role):
         """Send the gradient, learn its verdict, take the newest parameters."""
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
+        self._computed.check()
         if self._in_place:
             self._writes.check()
         packed = self._flat.pack_gradients(self._slot)
@@ -245,6 +250,7 @@ class WorkerRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
+        self._optimizer_trap.undo()
         try:
             if error is None:
                 self._worker.finish()
