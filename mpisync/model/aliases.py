@@ -71,7 +71,7 @@ class _Memory:
     def __init__(self, model: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._spans = sorted((*_span(p), plain_name(name)) for name, p in named if p.numel())
-        self._starts = [start for start, _, _ in self._spans]
+        self._stops = [stop for _, stop, _ in self._spans]
         self._own = {id(parameter) for _, parameter in model.named_parameters()}
 
     def aliases(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Alias]:
@@ -80,9 +80,8 @@ class _Memory:
             if id(tensor) in self._own:
                 continue
             start, stop = _span(tensor)
-            # The last span that begins before the tensor ends: parameters do not overlap.
-            index = bisect_right(self._starts, stop - 1) - 1
-            if index >= 0 and self._spans[index][1] > start:
+            index = bisect_right(self._stops, start)  # parameters do not overlap: their ends are in order, too
+            if index < len(self._spans) and self._spans[index][0] < stop:
                 yield Alias(what, tensor, self._spans[index][2])
 
 

@@ -37,7 +37,7 @@ def inside(holder: dict[str, object]) -> Iterator[tuple[str, object]]:
             continue
         if id(value) not in seen:
             seen.add(id(value))
-            open_ += [(f"{path}[{_shown(key)}]", one) for key, one in items]
+            open_ += reversed([(f"{path}[{_shown(key)}]", one) for key, one in items])
 
 
 def _shown(key: object) -> str:
