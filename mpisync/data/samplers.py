@@ -64,7 +64,7 @@ class ShardSampler:
         self.worker = worker
         self.workers = workers
         self.seed = seed
-        self.generator = torch.Generator()  # for what the loader draws itself: its base seed
+        self.generator = torch.Generator("cpu")  # for what the loader draws itself: its base seed
         self.begin(0, 0, 0)
 
     def begin(self, epoch: int, sequence: int, skip: int) -> None:
@@ -93,10 +93,10 @@ class ShardSampler:
 
     def _order(self, epoch: int) -> torch.Tensor:
         if not self.shuffle:
-            return torch.arange(self.samples)
-        generator = torch.Generator()
+            return torch.arange(self.samples, device="cpu")
+        generator = torch.Generator("cpu")
         generator.manual_seed(derive(self.seed, 0, epoch, Stream.ORDER))
-        return torch.randperm(self.samples, generator=generator)
+        return torch.randperm(self.samples, generator=generator, device="cpu")
 
 
 class PoolSampler(ShardSampler):

@@ -6,7 +6,7 @@ each tensor on a 64-byte boundary and in its own memory format; what lies betwee
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,18 +43,17 @@ class FlatModel:
         frozen: The parameters that are not trained, with their names; they travel once, when the session begins.
     """
 
-    def __init__(self, model: nn.Module, trained: Collection[str] | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         named = list(model.named_parameters())
-        ours = [(n, p) for n, p in named if (p.requires_grad if trained is None else plain_name(n) in trained)]
-        frozen = [(name, p) for name, p in named if all(p is not own for _, own in ours)]
+        trained = [(name, p) for name, p in named if p.requires_grad]
         refuse_overlaps(named)
-        self.parameters = tuple(p for _, p in ours)
-        self.segments, self.places = lay_out(ours)
+        self.parameters = tuple(p for _, p in trained)
+        self.segments, self.places = lay_out(trained)
         self.names = tuple(place.name for place in self.places)
         self.buffers = PackedTensors(model, model.named_buffers())
-        self.frozen = [(plain_name(name), p) for name, p in frozen]
+        self.frozen = [(plain_name(name), p) for name, p in named if not p.requires_grad]
         strides = {
-            name: place.stride for (name, _), place in zip(ours, self.places, strict=True)
+            name: place.stride for (name, _), place in zip(trained, self.places, strict=True)
         }
         self._copier = GradientCopier(self.segments, self.places)
         self._signature = signature(model, strides)
@@ -86,7 +85,7 @@ class FlatModel:
     def zeros(self) -> Views:
         """Return new private segments in the parameters' dtypes."""
         return self.views(
-            [torch.zeros(count, dtype=getattr(torch, name)) for name, count in self.segments]
+            [torch.zeros(count, dtype=getattr(torch, name), device="cpu") for name, count in self.segments]
         )
 
     # --- parameters ---------------------------------------------------------------------------
@@ -125,6 +124,11 @@ class FlatModel:
     def store(self, views: Views) -> None:
         """Copy the parameters into flat memory."""
         torch._foreach_copy_(list(views.tensors), [p.data for p in self.parameters])
+
+    def paired(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter that travels, and each module buffer, with its value in one version."""
+        pairs = zip(self.parameters, parameters, strict=True)
+        return [*pairs, *self.buffers.paired(buffers)]
 
     # --- gradients ----------------------------------------------------------------------------
 
@@ -179,7 +183,7 @@ class FlatModel:
         if self._casts is None:
             self._casts = self.views(
                 [
-                    flat if equal else torch.zeros(len(flat), dtype=kind)
+                    flat if equal else torch.zeros(len(flat), dtype=kind, device="cpu")
                     for flat, kind, equal in zip(mean.segments, kinds, same, strict=True)
                 ]
             )

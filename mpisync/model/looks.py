@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -42,7 +43,7 @@ class Looks:
     """
 
     def __init__(self, model: nn.Module, look: Callable[[], None]) -> None:
-        self._look = look
+        self._look, self._paused = look, 0
         self._model = getattr(model, "_orig_mod", model)  # what train() and eval() set, compiled or not
         self._modules = [m for m in self._model.modules() if any(p is not None for p in m._parameters.values())]
         for module in self._modules:
@@ -67,12 +68,33 @@ class Looks:
         Args:
             saving: Whether they are read to be saved or copied, which is a look at any time.
         """
+        if self._paused:
+            return
         if (saving or not torch.is_grad_enabled() or not self._model.training) and not torch.compiler.is_compiling():
             self._look()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let parameters be read, for as long as the context lasts, without a look."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
 
     def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the model's own)
         self.read()
         return self._forward(*args, **kwargs)
+
+
+@contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """Let a model, watched or not, be read without a look."""
+    own = (module._parameters for module in model.modules())
+    with ExitStack() as stack:
+        for looks in {parameters.looks for parameters in own if isinstance(parameters, _WatchedParameters)}:
+            stack.enter_context(looks.pause())
+        yield
 
 
 class _WatchedParameters(dict[str, "nn.Parameter | None"]):
@@ -80,10 +102,10 @@ class _WatchedParameters(dict[str, "nn.Parameter | None"]):
 
     def __init__(self, parameters: dict[str, nn.Parameter | None], looks: Looks) -> None:
         super().__init__(parameters)
-        self._looks = looks
+        self.looks = looks
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
-        self._looks.read()
+        self.looks.read()
         return super().__getitem__(name)
 
     def items(self) -> Any:  # noqa: ANN401 (a dict's views)
@@ -94,7 +116,7 @@ class _WatchedParameters(dict[str, "nn.Parameter | None"]):
             while reader is not None and reader.f_code.co_filename == _MODULES:
                 reader = reader.f_back
             if reader is None or reader.f_code.co_filename != _CLIPS:  # that one reads gradients only
-                self._looks.read(saving=saves)
+                self.looks.read(saving=saves)
         return super().items()
 
     def plain(self) -> dict[str, nn.Parameter | None]:
@@ -102,5 +124,5 @@ class _WatchedParameters(dict[str, "nn.Parameter | None"]):
         return dict(super().items())
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 (as in object)
-        self._looks.read(saving=True)
+        self.looks.read(saving=True)
         return dict, (), None, None, iter(super().items())

@@ -131,15 +131,13 @@ class PackedTensors:
             return view
         return tensor
 
-    @torch.no_grad()
-    def copy_to(self, twin: PackedTensors, packed: Bytes) -> None:
-        """Write what `packed` holds into the tensors of a copy of the model; caches stay as they are there."""
-        theirs = {item.name: item for item in twin._items}
-        for item, view in zip(self._items, self.views(packed), strict=True):
-            other = theirs.get(item.name)
-            if other is not None and (other.shape, other.dtype) == (item.shape, item.dtype):
-                if (tensor := other.current()) is not None:
-                    tensor.copy_(view)
+    def paired(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the module's tensors that travel, each with its view; caches that are this rank's own are left out."""
+        return [
+            (getattr(item.owner, item.attribute), view)
+            for item, view in zip(self._items, views, strict=True)
+            if item.name not in self._own and item.current() is not None
+        ]
 
     def average(self, target: Bytes, packed: Sequence[Bytes]) -> None:
         """Write the mean of `packed` to `target`, which may be one of them.

@@ -55,7 +55,7 @@ def lay_out(
     places = []
     for name, (parameter, tensor) in zip(names, trained, strict=True):
         step = ALIGNMENT // DTYPES[name].itemsize
-        stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape).stride()
+        stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
         places.append(
             TensorLayout(
                 plain_name(parameter),
@@ -106,9 +106,9 @@ def flat_bytes(dense: Tensor) -> np.ndarray[Any, Any]:
 
 def refuse_overlaps(named: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse parameters that share memory without being one Parameter: they would come apart."""
-    spans = sorted((p.data_ptr(), p.numel() * p.element_size(), name) for name, p in named)
-    for (start, size, one), (later, other_size, other) in pairwise(spans):
-        if size and other_size and later < start + size:
+    spans = sorted((p.data_ptr(), p.numel() * p.element_size(), name) for name, p in named if p.numel())
+    for (start, size, one), (later, _, other) in pairwise(spans):
+        if later < start + size:
             raise ValueError(
                 f"parameters {plain_name(one)!r} and {plain_name(other)!r} share memory and are "
                 "two Parameters: tie them by assigning the same Parameter to both"

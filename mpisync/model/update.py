@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
@@ -97,19 +97,25 @@ class Update:
 
 def _is_plain(optimizer: Optimizer) -> bool:
     """Say whether a step of this optimizer is torch's own SGD's and nothing more."""
+    if type(optimizer) is not SGD:
+        return False
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper there
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    return type(optimizer) is SGD and not hooks and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    # Private names of torch: where one lacks, somebody may want to see the gradients.
+    hooks = [vars(optimizer).get(f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")]
+    home = sys.modules[Optimizer.__module__]
+    hooks += [getattr(home, f"_global_optimizer_{when}_hooks", True) for when in ("pre", "post")]
+    return not any(hooks) and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
 
 
 @cache
 def _matches_torch_rounding() -> bool:
     """Say whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
-    mean, before = torch.rand(1037, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 1037)
-    after = before.numpy().copy()
-    Reducer().fused_sgd_step(after, [mean.numpy()], DTYPES["float32"], rate=0.3)
-    return torch.equal(torch.from_numpy(after), before.add(mean, alpha=-0.3))
+    # Made by NumPy: the script may have set torch's default dtype and device.
+    mean = np.random.default_rng(0).random(1037, np.float32)
+    before = np.linspace(-1, 1, 1037, dtype=np.float32)
+    after = before.copy()
+    Reducer().fused_sgd_step(after, [mean], DTYPES["float32"], rate=0.3)
+    return torch.equal(torch.from_numpy(after), torch.from_numpy(before).add(torch.from_numpy(mean), alpha=-0.3))
 
 
 def advice_on(optimizer: Optimizer) -> str:
@@ -129,23 +135,3 @@ def advice_on(optimizer: Optimizer) -> str:
         f"mpisync: every step waits for the update of {elements / 1e6:.1f} million parameters: "
         f"torch.optim.{kind.__name__}(..., fused=True) makes it 4 to 10 times faster on a CPU"
     )
-
-
-def averaged_state(model: nn.Module, averages: Averages) -> dict[str, Any]:
-    """Return the model's state_dict with the averages in place of their parameters.
-
-    Its tensors are the averages themselves and copies of the model's others.
-    """
-    own = [parameter.data for parameter, _ in averages]
-    try:
-        for parameter, average in averages:
-            parameter.data = average
-        state: dict[str, Any] = model.state_dict()
-    finally:
-        for (parameter, _), data in zip(averages, own, strict=True):
-            parameter.data = data
-    private = {average.untyped_storage().data_ptr() for _, average in averages}
-    for name, value in list(state.items()):
-        if not (isinstance(value, Tensor) and value.untyped_storage().data_ptr() in private):
-            state[name] = copy.deepcopy(value)
-    return state

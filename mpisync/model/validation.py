@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer, SparseAdam
 
 from mpisync.kernels.dtypes import DTYPES
+from mpisync.model.optimizer_traps import check_mode
 from mpisync.model.signature import plain_name
 
 # By name: importing torch.distributed's classes takes seconds, and whoever wraps has done it.
@@ -45,6 +46,13 @@ def _check_modules(model: nn.Module) -> None:
             raise TypeError(
                 f"{where} is an {type(module).__name__}(sparse=True): sparse gradients are not "
                 "supported; use sparse=False"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise TypeError(
+                f"{where} is an {type(module).__name__}(max_norm={module.max_norm:g}), which rescales its weight in "
+                "forward, on a worker, where that is lost: use max_norm=None, and rescale in a hook, which the root "
+                "runs after every update: optimizer.register_step_post_hook(lambda *_: "
+                f"embedding.weight.data.renorm_({module.norm_type:g}, 0, {module.max_norm:g}))"
             )
 
 
@@ -86,6 +94,9 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             f"optimizer must be one torch.optim.Optimizer, not {type(optimizer).__name__}"
         )
     name = type(optimizer).__name__
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(f"{name} has no param_groups, so the session cannot see what it trains: give it those of "
+                        "torch.optim.Optimizer, or of the optimizer that it wraps")
     if _needs_closure(optimizer):  # LBFGS does
         raise TypeError(
             f"{name} evaluates the loss again in every step (it needs a closure), which the root "
@@ -93,6 +104,7 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, SparseAdam):
         raise TypeError(f"{name} needs sparse gradients, which are not supported: use Adam")
+    check_mode(optimizer)
     known = {id(parameter) for parameter in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.participant import Participant, compile_at_root
+from mpisync.model.aliases import check_aliases
 from mpisync.model.flat import FlatModel
 from mpisync.model.frozen import in_blocks
 from mpisync.model.scheduler import check_scheduler
@@ -41,6 +42,7 @@ class DistributedModel:
             or problem_of(lambda: check_model_and_optimizer(model, optimizer))
             or problem_of(lambda: check_scheduler(options.scheduler, optimizer))
             or problem_of(lambda: FlatModel(model))
+            or problem_of(lambda: check_aliases(model, optimizer))
         )
         if problem:
             meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank

@@ -71,7 +71,7 @@ def optimizer_text(optimizer: Optimizer) -> str:
     usual = inspect.signature(type(optimizer).__init__).parameters
     takes_others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in usual.values())
     shown = []
-    for name in optimizer.defaults:
+    for name in getattr(optimizer, "defaults", ()):  # some wrap another, and have none
         values = dict.fromkeys(_shown(group.get(name)) for group in optimizer.param_groups)
         # What cannot be given is no setting, as AdamW's decoupled_weight_decay.
         is_default = list(values) == [_shown(usual[name].default)] if name in usual else not takes_others

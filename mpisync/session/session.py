@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.late_work import LateWork, late_work_of
 from mpisync.aggregation.verdict import Verdict
-from mpisync.model.flat import FlatModel
-from mpisync.model.signature import plain_name
-from mpisync.model.update import averaged_state
+from mpisync.model.copies import copy_of, state_of
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.iteration import DrawWatch, SessionLoop, left_by_next
@@ -117,21 +115,19 @@ class Session:
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
         self._role: Role | None = None
-        self._trained: list[str] = []
         self._draws: DrawWatch | None = None
         self._evaluated = 0
         self.average: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
-        if isinstance(self._model, nn.Module):
-            named = self._model.named_parameters()
-            self._trained = [plain_name(name) for name, parameter in named if parameter.requires_grad]
         if self._comm.size == 1:
             check_launcher(self._comm)
-            self._role = SingleProcessRole(self._model, self._optimizer, self._options)
-        else:
-            role = RootRole if self._comm.rank == self._comm.size - 1 else WorkerRole
-            self._role = role(self._comm, self._model, self._optimizer, self._options)
+        with torch.inference_mode(False):  # else the parameters' memory would be of no use outside of it
+            if self._comm.size == 1:
+                self._role = SingleProcessRole(self._model, self._optimizer, self._options)
+            else:
+                role = RootRole if self._comm.rank == self._comm.size - 1 else WorkerRole
+                self._role = role(self._comm, self._model, self._optimizer, self._options)
         return self
 
     def __exit__(
@@ -144,9 +140,10 @@ class Session:
         problem = None if self._draws is None else self._draws.problem(error)
         error = problem or (None if is_over else error)
         try:
-            role.leave(error)
-            if role.averages is not None:
-                self.average = averaged_state(self._model, role.averages)
+            with torch.inference_mode(False):
+                role.leave(error)
+                if role.averages is not None:
+                    self.average = state_of(self._model, role.averages)
         finally:
             self._role = EndedRole(
                 role.worker, role.workers, role.version, role.makes_updates, role.averages, role.samples()
@@ -225,7 +222,8 @@ class Session:
             raise ValueError(f"cost must be finite and greater than 0, not {cost}")
         if self._draws is not None:
             self._draws.step(sys._getframe(1))
-        return self._active.step(value, samples, math.nan if cost is None else float(cost))
+        with torch.inference_mode(False):  # with gradients: an optimizer's step() decides that itself
+            return self._active.step(value, samples, math.nan if cost is None else float(cost))
 
     def stale(self) -> bool:
         """Say whether this computation's step has closed, so that going on with it is vain."""
@@ -258,15 +256,17 @@ class Session:
         Args:
             average: Use the moving average of the parameters instead (needs ``ema=``).
         """
-        return self._copied(average=average)[0]
-
-    def _copied(self, *, average: bool = False) -> tuple[nn.Module, int]:
-        """Return a private copy of the model, and the version of its parameters."""
-        plain = getattr(self._model, "_orig_mod", self._model)
         if average and self._options.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
-        twin: nn.Module = copy.deepcopy(plain)
-        return twin, self._active.fill(FlatModel(twin, self._trained), average=average)
+        with torch.inference_mode(False):
+            _, values = self._active.newest(average=average)
+            return copy_of(self._plain, values)
+
+    @property
+    def _plain(self) -> nn.Module:
+        """The model as it was before torch.compile wrapped it."""
+        plain: nn.Module = getattr(self._model, "_orig_mod", self._model)
+        return plain
 
     def evaluate(
         self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False
@@ -287,8 +287,9 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the newest version and the model's state; on the root also the optimizer's, scheduler's, samples'."""
-        twin, version = self._copied()
-        state: dict[str, Any] = {"version": version, "model": twin.state_dict()}
+        with torch.inference_mode(False):
+            version, values = self._active.newest(average=False)
+            state: dict[str, Any] = {"version": version, "model": state_of(self._plain, values)}
         if self._active.makes_updates:
             state["optimizer"] = self._optimizer.state_dict()
             if self._options.scheduler is not None:

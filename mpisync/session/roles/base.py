@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from mpisync.aggregation.verdict import Verdict
-from mpisync.model.flat import FlatModel
+from mpisync.model.copies import Values
 from mpisync.model.update import Averages
 from mpisync.session.loop import LoopOptions
 
@@ -52,8 +52,11 @@ class Role(abc.ABC):
         """End the training on every rank."""
 
     @abc.abstractmethod
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers, whole, into a copy of the model, and return their version."""
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the newest version, whole: its number, and the values in it of the model's tensors.
+
+        What is not among them is right in the model as it is.
+        """
 
     @abc.abstractmethod
     def samples(self) -> dict[str, Any]:

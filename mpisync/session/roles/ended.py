@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import Any, NoReturn
 
-from mpisync.model.flat import FlatModel
+from mpisync.model.copies import Values
 from mpisync.model.update import Averages
 from mpisync.session.loop import LoopOptions
 from mpisync.session.roles.base import Role
@@ -64,14 +64,13 @@ class EndedRole(Role):
     def stop(self) -> None:
         """Do nothing: the training has ended."""
 
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the averages into a copy of the model, which is right otherwise, and return their version."""
-        if average:
-            if self.averages is None:
-                raise RuntimeError("there is no average: the session ended by an error")
-            for own, (_, value) in zip(twin.parameters, self.averages, strict=True):
-                own.data.copy_(value)
-        return self.version
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the final version and the averages, where they are asked for: the model is right otherwise."""
+        if not average:
+            return self.version, ()
+        if self.averages is None:
+            raise RuntimeError("there is no average: the session ended by an error")
+        return self.version, self.averages
 
     def leave(self, error: BaseException | None) -> NoReturn:
         """Raise RuntimeError: this rank has left before."""

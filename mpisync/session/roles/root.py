@@ -19,7 +19,7 @@ from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.shutdown import failure_of, leave_root
 from mpisync.model.binding import Binding
-from mpisync.model.flat import FlatModel
+from mpisync.model.copies import Values
 from mpisync.model.guards import REMEDY, FrozenWatch
 from mpisync.model.scheduler import Schedule
 from mpisync.model.structure import StructureWatch
@@ -116,8 +116,9 @@ class RootRole(Role):
         self._structure.examine()
         for closed in self._root.serve(loop.steps):
             self._check_writes()
-            self._take(closed)
-            self._schedule.advance(closed.loss)
+            with torch.inference_mode(False):  # as in a loop that has set nothing, whatever the script has set here
+                self._take(closed)
+                self._schedule.advance(closed.loss)
             record = closed.publish()
             self._sample.take()
             self._recorder.step(record)
@@ -205,12 +206,10 @@ class RootRole(Role):
         """End the training before another step closes."""
         self._root.stop()
 
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers into a copy of the model, and return their version."""
-        memory = self._participant.parameters
-        twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        self._flat.buffers.copy_to(twin.buffers, self._extras)
-        return self.version
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the newest version: its number, and the values in it of the model's tensors."""
+        views = (self._distributed.averages if average else self._distributed.parameters)(self._participant.parameters)
+        return self.version, self._flat.paired(views.tensors, self._buffers)
 
     def leave(self, error: BaseException | None) -> None:
         """End the training on every rank."""

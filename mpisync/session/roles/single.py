@@ -22,6 +22,7 @@ from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.shutdown import failure_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
+from mpisync.model.copies import Values
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import forbid_steps
 from mpisync.model.scheduler import Schedule, check_scheduler
@@ -211,12 +212,9 @@ class SingleProcessRole(Role):
         """End the loop."""
         self._stopped = True
 
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the parameters, or their average, into a copy of the model, and return their version."""
-        if average:
-            for own, value in zip(twin.parameters, self._averages, strict=True):
-                own.data.copy_(value)
-        return self.version
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the version and the averages, where they are asked for: the model is right otherwise."""
+        return self.version, list(zip(self._flat.parameters, self._averages, strict=True)) if average else ()
 
     @property
     def averages(self) -> Averages | None:

@@ -19,10 +19,13 @@ from mpisync.aggregation.shutdown import leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
+from mpisync.model.aliases import ComputedViews
 from mpisync.model.carry import CarriedGradient
-from mpisync.model.flat import FlatModel, Packed
+from mpisync.model.copies import Values
+from mpisync.model.flat import Packed
 from mpisync.model.gradients import peak_of
 from mpisync.model.guards import REMEDY, GroupWatch, forbid_steps
+from mpisync.model.optimizer_traps import OptimizerTrap
 from mpisync.model.scheduler import Schedule
 from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages
@@ -62,6 +65,7 @@ class WorkerRole(Role):
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
+        self._computed = ComputedViews(model)
         read_only = bool(settings.read("MPISYNC_READ_ONLY"))
         self._notice = self._make_read_only(in_place) if read_only else None
         self._parameters = WorkerParameters(
@@ -74,6 +78,7 @@ class WorkerRole(Role):
         )
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
+        self._optimizer_trap = OptimizerTrap(optimizer)
         self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
         self._accumulation = Accumulation(self._flat.parameters)
         self._late = options.on_late
@@ -157,6 +162,7 @@ class WorkerRole(Role):
             self._structure.examine()
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
+        self._computed.check()
         initialised = self._parameters.check()
         packed = self._flat.pack_gradients(self._slot)
         self._structure.check(packed.presence)
@@ -235,17 +241,19 @@ class WorkerRole(Role):
         """Ask the root to end the training."""
         self._worker.stop()
 
-    def fill(self, twin: FlatModel, *, average: bool) -> int:
-        """Write the newest parameters and buffers, whole, into a copy of the model, and return their version."""
+    def newest(self, *, average: bool) -> tuple[int, Values]:
+        """Return the newest version, whole: its number, and the values in it of the model's tensors."""
         memory = self._participant.memory.allocate(self._participant.published.size_bytes)
         version = self._worker.copy_newest(memory)
-        twin.load((self._distributed.averages if average else self._distributed.parameters)(memory))
-        self._flat.buffers.copy_to(twin.buffers, self._participant.published.extras(memory))
-        return version
+        views = (self._distributed.averages if average else self._distributed.parameters)(memory)
+        return version, self._flat.paired(
+            views.tensors, self._flat.buffers.views(self._participant.published.extras(memory))
+        )
 
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
+        self._optimizer_trap.undo()
         has_final = False
         try:
             if error is None:
