@@ -24,6 +24,7 @@ from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import forbid_steps
+from mpisync.model.loss_scaling import ScaleWatch
 from mpisync.model.scheduler import Schedule, check_scheduler
 from mpisync.model.update import Averages, Update
 from mpisync.model.validation import check_model_and_optimizer
@@ -79,7 +80,8 @@ class SingleProcessRole(Role):
         self._schedule = Schedule(options.scheduler, optimizer)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._accumulation = Accumulation(self._flat.parameters)
+        self._scaling = ScaleWatch(optimizer)
+        self._accumulation = Accumulation(self._flat.parameters, weighted=options.weight == "samples")
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
@@ -130,7 +132,7 @@ class SingleProcessRole(Role):
                 drawn = next(data, None)
                 if drawn is None:
                     break
-                self._accumulation.add(data)
+                self._accumulation.add(data, drawn[0])
                 self._account.handed += data.batch_samples
                 yield drawn[0]
                 if passed := self._accumulation.passed():
@@ -151,6 +153,7 @@ class SingleProcessRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Update from the gradient, unless it has NaN or Inf."""
+        self._scaling.check()
         basis, came_s, step = self._accumulation.take(samples), time.monotonic(), self.version
         info = GradientInfo(
             basis.samples,
@@ -224,6 +227,7 @@ class SingleProcessRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """End the run here: let the optimizer's own step() work again, and close the record."""
         self._trap.undo()
+        self._scaling.undo()
         self._recorder.close()
         self._collector.lose(0)
         self._recorder.end(

@@ -22,6 +22,7 @@ from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import GroupWatch, WriteWatch, forbid_steps
+from mpisync.model.loss_scaling import ScaleWatch
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
@@ -71,11 +72,12 @@ class WorkerRole(Role):
         self._flat.bind(self._distributed.parameters(self._memory))
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
+        self._scaling = ScaleWatch(optimizer)
         self._groups = GroupWatch(optimizer)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
         self._notice = self._make_read_only(in_place) if settings.read("MPISYNC_READ_ONLY") else None
-        self._accumulation = Accumulation(self._flat.parameters)
+        self._accumulation = Accumulation(self._flat.parameters, weighted=options.weight == "samples")
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
@@ -116,7 +118,7 @@ class WorkerRole(Role):
             running = self._pull()
             while running and (drawn := next(data, None)) is not None:
                 self._worker.handed += data.batch_samples
-                self._accumulation.add(data)
+                self._accumulation.add(data, drawn[0])
                 yield drawn[0]
                 running = self._worker.ended is None
                 if running and (passed := self._accumulation.passed()):
@@ -152,6 +154,7 @@ class WorkerRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
+        self._scaling.check()
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
         if self._in_place:
@@ -244,6 +247,7 @@ class WorkerRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
+        self._scaling.undo()
         try:
             if error is None:
                 self._worker.finish()
