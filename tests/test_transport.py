@@ -487,6 +487,7 @@ def test_what_does_not_fit_is_refused_and_the_session_goes_on(comm):
         else:
             with pytest.raises(RuntimeError, match="serve is the root's"):
                 next(reduction.serve())
+            assert reduction.pull(theta)
             with pytest.raises(ValueError, match=r"\[4\] float32 as `like` is.*\[5\] float32"):
                 reduction.push(np.zeros(5, np.float32))
             work(reduction, theta)
