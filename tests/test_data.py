@@ -3,11 +3,14 @@
 import gc
 import random
 import time
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -21,7 +24,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from mpisync.data.batch_size import count_samples
+from mpisync.data.batch_size import count_samples, doubt
 from mpisync.data.batches import Batches
 from mpisync.data.seeds import Stream, derive
 
@@ -470,6 +473,29 @@ def test_data_s_is_the_time_that_the_caller_waited(monkeypatch):
     assert stream.data_s == 0.25
 
 
+UNKNOWN = None
+Point = namedtuple("Point", "x y")
+
+
+@dataclass
+class Columns:
+    name: str
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Graphs:
+    """As torch_geometric's Batch: nodes and edges of several graphs, and a length that means something else."""
+
+    num_graphs = 4
+
+    def __init__(self, x, edge_index):
+        self.x, self.edge_index = x, edge_index
+
+    def __len__(self):
+        return 2
+
+
 @pytest.mark.parametrize(
     ("batch", "samples"),
     [
@@ -478,17 +504,44 @@ def test_data_s_is_the_time_that_the_caller_waited(monkeypatch):
         ([np.zeros((5, 1)), "name"], 5),
         ({"ids": ["a", "b"], "x": {"deep": torch.zeros(6, 1)}}, 6),
         ((torch.tensor(1.0), torch.zeros(2)), 2),
-        (torch.tensor(1.0), 1),
-        (["one", "two", "three"], 3),
-        ((["one", "two", "three"], [0, 1, 0]), 3),
-        ({"text": ["one", "two"]}, 2),
-        ((1, 2), 2),
-        ("text", 1),
-        (object(), 1),
+        (torch.tensor(1.0), UNKNOWN),
+        ({"scalar": torch.tensor(1.0), "deep": {"deeper": {"x": torch.zeros(6, 1)}}}, 6),
+        (UserDict(input_ids=torch.zeros(4, 9), labels=torch.zeros(4)), 4),
+        (torch.nested.nested_tensor([torch.zeros(3, 2), torch.zeros(5, 2)], layout=torch.jagged), 2),
+        (pack_sequence([torch.zeros(5, 2), torch.zeros(4, 2), torch.zeros(1, 2)]), 3),
+        ((pack_sequence([torch.zeros(5, 2), torch.zeros(4, 2)]), torch.zeros(2)), 2),
+        (Graphs(torch.zeros(50, 3), torch.zeros(2, 90)), 4),
+        (Columns("train", torch.zeros(5, 3), torch.zeros(5)), 5),
+        (Point(torch.zeros(2, 3), torch.zeros(2)), 2),
+        ((), UNKNOWN),
+        ([torch.tensor(1.0), torch.tensor(2.0)], UNKNOWN),
+        (["one", "two", "three"], UNKNOWN),
+        ([[1, 2, 3], [4, 5]], UNKNOWN),
+        ({"text": ["one", "two"]}, UNKNOWN),
+        ("text", UNKNOWN),
+        (object(), UNKNOWN),
+        (Columns, UNKNOWN),
     ],
 )
 def test_the_size_of_a_batch(batch, samples):
-    assert count_samples(batch) == samples
+    assert count_samples(batch) == (samples or 1)
+    assert bool(doubt(batch)) == (samples is UNKNOWN)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_a_nested_tensor_without_a_shape_says_its_size():
+    nested = torch.nested.nested_tensor([torch.zeros(3, 2)] * 7, layout=torch.strided)
+    for batch in (nested, (nested, torch.zeros(7))):
+        assert count_samples(batch) == 7 and not doubt(batch)
+
+
+def test_tensors_that_differ_in_their_first_dimension_leave_a_doubt():
+    for batch in (
+        (torch.zeros(8, 2), torch.zeros(4)),
+        {"x": torch.zeros(8, 2), "more": [torch.zeros(8), {"lengths": torch.zeros(4)}]},
+    ):
+        assert count_samples(batch) == 8, "for the accounts, it is the first's"
+        assert doubt(batch) == "the tensors of a batch differ in their first dimension: 8, 4"
 
 
 @pytest.mark.parametrize("processes", [0, 2])

@@ -505,7 +505,7 @@ def test_ranks_whose_loaders_differ_are_told(comm):
         ({"on_late": "retry:many"}, {}, ValueError, "on_late must be one of"),
         ({"on_late": "requeue:3"}, {}, ValueError, "on_late must be one of"),
         ({}, {"epochs": 2}, ValueError, "epochs are counted under on_late='requeue' only"),
-        ({"on_late": "requeue"}, {"epochs": -1}, ValueError, "epochs must not be negative"),
+        ({"on_late": "requeue"}, {"epochs": -1}, ValueError, "epochs must be at least 0 and below"),
         ({"on_late": "requeue"}, {"resume": {"pool": {}}}, TypeError, "resume must be"),
         (
             {"on_late": "requeue"},

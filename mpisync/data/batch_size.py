@@ -1,37 +1,58 @@
-"""The number of samples in a batch."""
+"""The number of samples in a batch, and whether it is certain.
 
-from collections.abc import Iterator, Mapping, Sized
+The rule: the first dimension of the first tensor or array in it, however deep in tuples, lists, mappings and
+dataclasses. What knows better is asked: a nested tensor, a packed sequence, a graph batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch.nn.utils.rnn import PackedSequence
 
-def count_samples(batch: Any) -> int:  # noqa: ANN401 (a batch is whatever the loader yields)
-    """Return the first dimension of the first tensor or array found, else the length, else 1."""
-    scalar = False
-    for shape in _shapes(batch):
+
+def count_samples(batch: Any) -> int:
+    """Return the samples of a batch; 1 where nothing in it can be counted."""
+    return next(_counts(batch), 1)
+
+
+def doubt(batch: Any) -> str:
+    """Say why the samples of a batch are not certain; "" where they are.
+
+    That looks at all its tensors, which `count_samples` does not.
+    """
+    counts = list(dict.fromkeys(_counts(batch)))
+    if not counts:
+        return f"there is no tensor to count by in a batch that is a {type(batch).__name__}"
+    if len(counts) > 1:
+        return f"the tensors of a batch differ in their first dimension: {', '.join(map(str, counts))}"
+    return ""
+
+
+def _counts(batch: Any) -> Iterator[int]:
+    """Yield how many samples each part of a batch says that there are; scalars say nothing."""
+    if isinstance(batch, str | bytes | int | float):
+        return
+    if getattr(batch, "is_nested", False) is True:
+        yield int(batch.size(0))  # one of torch's two layouts has no shape
+    elif isinstance(batch, PackedSequence):
+        yield int(batch.batch_sizes[0])
+    elif isinstance(getattr(batch, "num_graphs", None), int):
+        yield int(batch.num_graphs)
+    elif isinstance(shape := getattr(batch, "shape", None), tuple):  # torch.Size too
         if shape:
-            return int(shape[0])
-        scalar = True
-    return 1 if scalar else _length(batch)
+            yield int(shape[0])
+    else:
+        for part in _parts(batch):
+            yield from _counts(part)
 
 
-def _shapes(batch: Any) -> Iterator[tuple[int, ...]]:  # noqa: ANN401
-    shape = getattr(batch, "shape", None)
-    if isinstance(shape, tuple):  # torch.Size too
-        yield shape
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _shapes(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _shapes(value)
-
-
-def _length(batch: Any) -> int:  # noqa: ANN401
-    """Count a batch without arrays: tuples and mappings hold columns, a list holds samples."""
-    if isinstance(batch, str | bytes) or not isinstance(batch, Sized):
-        return 1
+def _parts(batch: Any) -> Iterator[Any]:
     if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, tuple) and batch and isinstance(batch[0], list | tuple | Mapping):
-        return _length(batch[0])
-    return len(batch)
+        yield from batch.values()
+    elif isinstance(batch, tuple | list):
+        yield from batch
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        yield from (getattr(batch, field.name) for field in dataclasses.fields(batch))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mpisync.model.loss_scaling import ADVICE, is_in_scaler_step
 from mpisync.model.write_sample import TensorSample
 
 REMEDY = (
@@ -59,6 +60,11 @@ def forbid_steps(optimizer: Optimizer, scheduler: Any | None = None) -> StepTrap
 
 
 def _optimizer_step(*_: object, **__: object) -> NoReturn:
+    if is_in_scaler_step():
+        raise RuntimeError(
+            f"scaler.step() on a worker: {ADVICE}. The root updates the parameters, from the mean of the accepted "
+            "gradients"
+        )
     raise RuntimeError(
         "optimizer.step() was called on a worker: the root updates the parameters, from the mean "
         "of the accepted gradients; delete this line, session.step(loss) takes its place"

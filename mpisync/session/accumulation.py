@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from mpisync.data.batch_size import doubt
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
 
@@ -31,18 +32,22 @@ class Accumulation:
 
     Args:
         parameters: Those that are trained.
+        weighted: Whether gradients count by their samples, which must then be certain.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weighted: bool) -> None:
+        self._parameters, self._weighted = parameters, weighted
         self._since_step = 0
         self._forget()
 
     def _forget(self) -> None:
         self._batches, self._samples, self._data_s = 0, 0, 0.0
+        self._doubt = ""  # why the samples may be others
 
-    def add(self, data: Batches | RetriedBatches) -> None:
+    def add(self, data: Batches | RetriedBatches, batch: Any) -> None:
         """Take note of the newest batch."""
+        if self._weighted:
+            self._doubt = self._doubt or doubt(batch)
         self._batches += 1
         self._samples += data.batch_samples
         self._data_s += data.data_s
@@ -79,7 +84,7 @@ class Accumulation:
 
         Raises:
             RuntimeError: No batch was drawn for it, or none of the parameters has a gradient.
-            ValueError: It is the mean of no sample.
+            ValueError: It is the mean of no sample, or nobody knows of how many although it counts by them.
         """
         if not self._batches:
             raise RuntimeError(
@@ -88,6 +93,10 @@ class Accumulation:
         if not self.has_gradient() and not is_vain():
             raise RuntimeError(
                 "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"
+            )
+        if samples is None and self._doubt:
+            raise ValueError(
+                f'weight="samples" needs the number of samples, and {self._doubt}: pass session.step(loss, samples=...)'
             )
         own = self._samples if samples is None else samples
         basis = AccumulatedBatches(own, self._samples, self._data_s, self._batches)

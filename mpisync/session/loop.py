@@ -31,9 +31,6 @@ class LoopOptions:
     def check(self, late: LateWork, seed: int) -> None:
         """Raise TypeError or ValueError for options that no loop can have."""
         on_late, pools = str(late), isinstance(late, Requeue)
-        for name, number in (("steps", self.steps), ("epochs", self.epochs)):
-            if number is not None and number < 0:
-                raise ValueError(f"{name} must not be negative, but it is {number}")
         if self.epochs is not None and not pools:
             raise ValueError(
                 f"epochs are counted under on_late='requeue' only, where each sample is used once in each, but on_late "

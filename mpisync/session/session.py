@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -16,8 +17,10 @@ from torch.optim import Optimizer
 from mpisync.aggregation.late_work import LateWork, late_work_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.model.copies import copy_of, state_of
+from mpisync.model.loss_scaling import refuse_scaled
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
+from mpisync.session.arguments import number, optional_number, whole
 from mpisync.session.iteration import DrawWatch, SessionLoop, left_by_next
 from mpisync.session.loop import LoopOptions
 from mpisync.session.options import Options, check_communicator, chosen_policy
@@ -97,7 +100,7 @@ class Session:
         clip_norm: float | None = None,
         ema: float | None = None,
         own_copy: bool = False,
-        record: str | None = None,
+        record: str | os.PathLike[str] | None = None,
         on_step: Callable[[StepRecord], object] | None = None,
         progress: bool = True,
         on_late: LateWork | Literal["discard", "retry", "carry", "requeue"] = "discard",
@@ -105,13 +108,23 @@ class Session:
         check_communicator(comm)
         if weight not in ("equal", "samples"):
             raise ValueError(f'weight must be "equal" or "samples", not {weight!r}')
+        seed = whole("seed", seed, -(2**63))
+        ema = None if ema is None else number("ema", ema)
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"ema must lie between 0 and 1, as a decay does, not {ema}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be greater than 0, not {clip_norm}")
+        clip_norm = None if clip_norm is None else number("clip_norm", clip_norm)
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be finite and greater than 0, not {clip_norm}")
+        if not isinstance(own_copy, bool):
+            raise TypeError(f"own_copy must be True or False, not {own_copy!r}")
+        if not (record is None or isinstance(record, str | os.PathLike)):
+            raise TypeError(f"record must be the name of a file, not {record!r}")
+        if not (on_step is None or callable(on_step)):
+            raise TypeError(f"on_step must be a function that takes a step's record, not {on_step!r}")
         self._comm, self._model, self._optimizer = comm, model, optimizer
         self._options = Options(
-            chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy, record,
+            chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy,
+            None if record is None else os.fspath(record),
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
         self._role: Role | None = None
@@ -194,6 +207,8 @@ class Session:
                 "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
                 "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
             )
+        steps = None if steps is None else whole("steps", steps, 0)
+        epochs = None if epochs is None else whole("epochs", epochs, 0)
         loop = LoopOptions(steps, epochs, resume)
         loop.check(self._options.on_late, self._options.seed)
         drawn = self._active.batches(loader, loop)
@@ -209,21 +224,34 @@ class Session:
         accumulated, all computed on the same parameters. Scale each loss as you would elsewhere.
 
         Args:
-            loss: The batch's loss, for records and reports.
-            samples: How many samples it is the mean of; counted from the batches otherwise.
+            loss: The batch's loss, for records and reports: as it is, not scaled by a GradScaler.
+            samples: How many samples it is the mean of. Otherwise that is counted from the batches: the first dimension
+                of a batch's first tensor or array, however deep in tuples, lists, dicts and dataclasses. A nested
+                tensor, a PackedSequence and a graph batch (``num_graphs``) say it themselves; a batch in which nothing
+                can be counted counts as 1. Under ``weight="samples"`` that must be certain: where nothing can be
+                counted, or tensors differ in their first dimension, pass `samples`; pass it too where the first
+                dimension is not the samples, as in batches that are sequence first, or lists of samples.
             cost: What one of its batches costs to compute on, in any unit, such as the length of its sequences. The end
                 of the run tells how much was dropped of cheap and of dear ones.
 
         Returns:
             Whether the gradient was accepted, and if not, why.
+
+        Raises:
+            TypeError: An argument is no number.
+            ValueError: One is out of its range, the loss is scaled, or the samples cannot be counted.
+            RuntimeError: No batch or gradient belongs to it, or the gradient is scaled by a GradScaler.
+            PeerFailed: Another rank failed.
         """
-        value = float(loss.detach() if isinstance(loss, Tensor) else math.nan if loss is None else loss)
-        if cost is not None and not 0 < cost < math.inf:
-            raise ValueError(f"cost must be finite and greater than 0, not {cost}")
+        refuse_scaled(loss)
+        value, price = optional_number("loss", loss), optional_number("cost", cost)
+        if cost is not None and not 0 < price < math.inf:
+            raise ValueError(f"cost must be finite and greater than 0, not {price}")
+        own = None if samples is None else whole("samples", samples, 1)
         if self._draws is not None:
             self._draws.step(sys._getframe(1))
         with torch.inference_mode(False):  # with gradients: an optimizer's step() decides that itself
-            return self._active.step(value, samples, math.nan if cost is None else float(cost))
+            return self._active.step(value, own, price)
 
     def stale(self) -> bool:
         """Say whether this computation's step has closed, so that going on with it is vain."""
@@ -278,8 +306,7 @@ class Session:
         Returns:
             What `fn` returned; None on other workers and when it is not yet time.
         """
-        if every < 1:
-            raise ValueError(f"every must be at least 1, not {every}")
+        every = whole("every", every, 1)
         if self.worker != 0 or self.version // every <= self._evaluated:
             return None
         self._evaluated = self.version // every

@@ -25,6 +25,7 @@ from mpisync.data.batches import Batches
 from mpisync.model.copies import Values
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import forbid_steps
+from mpisync.model.loss_scaling import ScaleWatch
 from mpisync.model.scheduler import Schedule, check_scheduler
 from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update
@@ -81,7 +82,8 @@ class SingleProcessRole(Role):
         self._schedule = Schedule(options.scheduler, optimizer)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._accumulation, self._structure = Accumulation(self._flat.parameters), StructureWatch(model)
+        self._scaling, self._structure = ScaleWatch(optimizer), StructureWatch(model)
+        self._accumulation = Accumulation(self._flat.parameters, weighted=options.weight == "samples")
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
@@ -133,7 +135,7 @@ class SingleProcessRole(Role):
                 drawn = next(data, None)
                 if drawn is None:
                     break
-                self._accumulation.add(data)
+                self._accumulation.add(data, drawn[0])
                 self._account.handed += data.batch_samples
                 yield drawn[0]
                 if passed := self._accumulation.passed():
@@ -156,6 +158,7 @@ class SingleProcessRole(Role):
         """Update from the gradient, unless it has NaN or Inf."""
         self._flat.refuse_thawed()
         self._structure.check(bytes(parameter.grad is not None for parameter in self._flat.parameters))
+        self._scaling.check()
         basis, came_s, step = self._accumulation.take(samples), time.monotonic(), self.version
         info = GradientInfo(
             basis.samples,
@@ -226,6 +229,7 @@ class SingleProcessRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """End the run here: let the optimizer's own step() work again, and close the record."""
         self._trap.undo()
+        self._scaling.undo()
         self._recorder.close()
         self._collector.lose(0)
         self._recorder.end(

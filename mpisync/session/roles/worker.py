@@ -25,6 +25,7 @@ from mpisync.model.copies import Values
 from mpisync.model.flat import Packed
 from mpisync.model.gradients import peak_of
 from mpisync.model.guards import REMEDY, GroupWatch, forbid_steps
+from mpisync.model.loss_scaling import ScaleWatch
 from mpisync.model.optimizer_traps import OptimizerTrap
 from mpisync.model.scheduler import Schedule
 from mpisync.model.structure import StructureWatch
@@ -78,9 +79,9 @@ class WorkerRole(Role):
         )
         self._schedule = Schedule(options.scheduler, optimizer)
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._optimizer_trap = OptimizerTrap(optimizer)
+        self._optimizer_trap, self._scaling = OptimizerTrap(optimizer), ScaleWatch(optimizer)
         self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
-        self._accumulation = Accumulation(self._flat.parameters)
+        self._accumulation = Accumulation(self._flat.parameters, weighted=options.weight == "samples")
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
@@ -122,7 +123,7 @@ class WorkerRole(Role):
             running = self._pull()
             while running and (drawn := next(data, None)) is not None:
                 self._worker.handed += data.batch_samples
-                self._accumulation.add(data)
+                self._accumulation.add(data, drawn[0])
                 yield drawn[0]
                 running = self._worker.ended is None
                 if running and (passed := self._accumulation.passed()):
@@ -158,6 +159,7 @@ class WorkerRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
+        self._scaling.check()
         if not self._accumulation.has_gradient():
             self._structure.examine()
         basis = self._accumulation.take(samples, is_vain=self._is_late)
@@ -254,6 +256,7 @@ class WorkerRole(Role):
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
         self._optimizer_trap.undo()
+        self._scaling.undo()
         has_final = False
         try:
             if error is None:
