@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import mpisync
 from mpisync.model.write_sample import MemorySample, TensorSample
 
 TRANSPORTS = ("shared", "messages")
-BATCHES = [(torch.randn(4, 6), torch.randn(4, 3)) for _ in range(12)]
+SEEDED = torch.Generator().manual_seed(7)
+BATCHES = [(torch.randn(4, 6, generator=SEEDED), torch.randn(4, 3, generator=SEEDED)) for _ in range(12)]
 
 # --- the sample --------------------------------------------------------------------------------
 
@@ -36,7 +38,7 @@ def test_a_write_that_is_made_every_time_is_found_wherever_it_is_within_100_samp
 def test_a_write_of_a_hundredth_in_one_piece_is_found_at_once():
     memory = np.zeros(100 * 100 * 4096, np.uint8)
     sample = MemorySample(memory)
-    for start in range(0, memory.size, 1_234_567):
+    for start in range(0, memory.size - 101 * 4096, 1_234_567):
         sample.take()
         memory[start : start + 101 * 4096] += 1
         assert sample.written() is not None
@@ -112,8 +114,8 @@ WRITES = {
 
 
 def loop(comm, write, begin, writer=None, at_root=None, steps=110, **more):
-    """Train, and have `write` called from the `begin`-th batch on; the version reached, and the error's text if any."""
-    model = Net()
+    """Train, and have `write` called from the `begin`-th batch on; the version reached, the calls, and the error's text."""
+    model, written = Net(), 0
     hook = (lambda _: at_root(model)) if at_root else None
     error = ""
     try:
@@ -123,10 +125,11 @@ def loop(comm, write, begin, writer=None, at_root=None, steps=110, **more):
                 loss.backward()
                 if number >= begin and writer in (None, session.worker):
                     write(model)
+                    written += 1
                 session.step(loss)
     except (RuntimeError, mpisync.PeerFailed) as caught:
         error = str(caught)
-    return session.version, error
+    return session.version, written, error
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -136,12 +139,11 @@ def test_what_the_loop_writes_is_refused_within_a_few_steps(comm, monkeypatch, t
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     write, within = WRITES[name]
     for begin, more in ((0, {}), (5, {}), (5, {"policy": mpisync.Async(1)}), (5, {"on_late": "carry"})):
-        version, error = loop(comm, write, begin, writer=1, **more)
+        _, written, error = loop(comm, write, begin, writer=1, **more)
         words = on_all(comm, error)
         assert all("parameter '" in word for word in words), words
         assert any("register_step_post_hook" in word or "before Session" in word for word in words)
-        allowed = within * (WORKERS if "policy" in more else 1)
-        assert max(on_all(comm, version)) <= begin * WORKERS + allowed + 2, (begin, more, version)
+        assert written <= within + 1, (begin, more)
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -149,7 +151,7 @@ def test_what_the_loop_writes_is_refused_within_a_few_steps(comm, monkeypatch, t
 def test_own_copies_may_be_written_to_and_a_loop_that_writes_nothing_is_left_alone(comm, monkeypatch, transport):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     for write, more in ((clamp, {"own_copy": True}), (lambda model: None, {}), (lambda model: model.state_dict(), {})):
-        version, error = loop(comm, write, 0, steps=30, **more)
+        version, _, error = loop(comm, write, 0, steps=30, **more)
         assert (version, error) == (30, "")
 
 
@@ -158,7 +160,7 @@ def test_own_copies_may_be_written_to_and_a_loop_that_writes_nothing_is_left_alo
 @pytest.mark.parametrize("write", [clamp, in_place, after_a_look])
 def test_writes_at_the_root_outside_the_update_are_refused(comm, monkeypatch, transport, write):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
-    version, error = loop(comm, lambda model: None, 0, at_root=write)
+    version, _, error = loop(comm, lambda model: None, 0, at_root=write)
     assert version <= 3
     assert all("on_step=" in word and "register_step_post_hook" in word for word in on_all(comm, error))
 
@@ -292,11 +294,12 @@ def test_a_first_pass_that_comes_late_is_rejected_and_touches_nothing(comm, monk
                 continue  # and the forward pass comes at a later version
             loss = F.mse_loss(model(x), y)
             loss.backward()
+            time.sleep(0.02 * (session.worker == 0))  # so that the other one is in time
             verdicts.append(session.step(loss))
     assert any(torch.equal(model[0].shift, start) for start in possible_starts(torch.float32))
     if session.worker == 1:
-        first = next((one for one in verdicts if one.late_by == 0), None)
-        assert first is None or (not first.accepted and "initialised parameters" in first.reason)
+        assert verdicts[0].late_by or "initialised parameters" in verdicts[0].reason
+        assert not verdicts[0].accepted
 
 
 # --- frozen copies that the loop moves ---------------------------------------------------------

@@ -55,8 +55,9 @@ class Status(enum.IntEnum):
     NOTED = 4  # heard, where there is nothing to judge
 
 
-_HEADER = struct.Struct("<QB3xiqqqqdqdddQdiidiq160s")
-_REPLY = struct.Struct("<QBBHiqqqqqdiiqq400s")
+TEXT_BYTES = 1000  # enough for an error's whole sentence, so that every rank reads what to do
+_HEADER = struct.Struct(f"<QB3xiqqqqdqdddQdiidiq{TEXT_BYTES}s")
+_REPLY = struct.Struct(f"<QBBHiqqqqqdiiqq{TEXT_BYTES}s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
 
@@ -98,7 +99,7 @@ class Header(NamedTuple):
 
     def pack_into(self, buffer: bytearray | memoryview) -> None:
         """Write the struct at the start of `buffer`."""
-        _HEADER.pack_into(buffer, 0, *self[:_INFO_AT], *self.info, self.peak_rss_bytes, clip_text(self.text, 160))
+        _HEADER.pack_into(buffer, 0, *self[:_INFO_AT], *self.info, self.peak_rss_bytes, clip_text(self.text))
 
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview) -> Header:
@@ -133,7 +134,7 @@ class Reply(NamedTuple):
         _REPLY.pack_into(
             buffer, offset, self.incarnation, self.kind, self.status, self.again, self.worker, self.ordinal,
             self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
-            self.blocks, self.epoch, self.batch, clip_text(self.text, 400),
+            self.blocks, self.epoch, self.batch, clip_text(self.text),
         )  # fmt: skip
 
     @classmethod
@@ -143,11 +144,11 @@ class Reply(NamedTuple):
         return cls._make((incarnation, kind, status, *rest, again, _text(text)))
 
 
-def clip_text(text: str, limit: int) -> bytes:
-    """Encode `text` in at most `limit` bytes without cutting a character in two."""
+def clip_text(text: str) -> bytes:
+    """Encode `text` in at most `TEXT_BYTES` without cutting a character in two."""
     if not text:  # as nearly always
         return b""
-    return text.encode()[:limit].decode(errors="ignore").encode()
+    return text.encode()[:TEXT_BYTES].decode(errors="ignore").encode()
 
 
 def _text(raw: bytes) -> str:
