@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
@@ -27,23 +28,34 @@ class Accumulation:
     """The batches since the last step.
 
     As in torch, ``backward`` adds to the gradients that are there: a loop that goes on without `step` accumulates, and
-    the gradient is then of all these batches. A batch that left no gradient was passed over and is none of them.
+    the gradient is then of all these batches. A batch that left no gradient was passed over and is none of them; nor
+    are those before an ``optimizer.zero_grad()``, as in a loop that begins with it and skips steps.
 
     Args:
         parameters: Those that are trained.
+        optimizer: Theirs; it is watched until `close`.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+        self._parameters, self._optimizer = parameters, optimizer
         self._since_step = 0
         self._forget()
+        self._zero_grad, self._own = optimizer.zero_grad, vars(optimizer).get("zero_grad")
+        vars(optimizer)["zero_grad"] = self._begin_anew
 
     def _forget(self) -> None:
         self._batches, self._samples, self._data_s = 0, 0, 0.0
+        self._newest = self._void = 0  # samples of the newest batch, and of those that are no part of the gradient
+
+    def _begin_anew(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as the optimizer's)
+        if self.has_gradient():
+            self._void = self._samples - self._newest
+        self._zero_grad(*args, **options)
 
     def add(self, data: Batches | RetriedBatches) -> None:
         """Take note of the newest batch."""
         self._batches += 1
+        self._newest = data.batch_samples
         self._samples += data.batch_samples
         self._data_s += data.data_s
         self._since_step += 1
@@ -87,7 +99,7 @@ class Accumulation:
             raise RuntimeError(
                 "no parameter has a gradient: call loss.backward() before session.step(loss), no zero_grad() between"
             )
-        own = self._samples if samples is None else samples
+        own = self._samples - self._void if samples is None else samples
         basis = AccumulatedBatches(own, self._samples, self._data_s, self._batches)
         if basis.samples < 1:
             raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")
@@ -101,3 +113,9 @@ class Accumulation:
             for parameter in self._parameters:
                 parameter.grad = None
             self._forget()
+
+    def close(self) -> None:
+        """Let the optimizer be as it was."""
+        del vars(self._optimizer)["zero_grad"]
+        if self._own is not None:
+            vars(self._optimizer)["zero_grad"] = self._own

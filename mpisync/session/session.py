@@ -30,6 +30,18 @@ from mpisync.transport.rendezvous import check_launcher
 _T = TypeVar("_T")
 
 
+def _number(loss: Tensor | float | None) -> float:
+    """Return the loss as a number; NaN where there is none."""
+    if loss is None:
+        return math.nan
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"loss must be one number, not a tensor of shape {list(loss.shape)}: pass loss.mean()")
+    try:
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    except (TypeError, ValueError):
+        raise TypeError(f"loss must be one number, such as what backward() began at, not {loss!r}") from None
+
+
 class Session:
     """The training of a torch model with backup workers; every rank runs the same script.
 
@@ -187,6 +199,8 @@ class Session:
         loop = LoopOptions(steps, epochs, resume)
         loop.check(self._options.on_late, self._options.seed)
         self._has_batches = True
+        for parameter in self._model.parameters():
+            parameter.grad = None  # what was computed before is no batch's
         return self._active.batches(loader, loop)
 
     def step(
@@ -206,7 +220,7 @@ class Session:
         Returns:
             Whether the gradient was accepted, and if not, why.
         """
-        value = float(loss.detach() if isinstance(loss, Tensor) else math.nan if loss is None else loss)
+        value = _number(loss)
         if cost is not None and not 0 < cost < math.inf:
             raise ValueError(f"cost must be finite and greater than 0, not {cost}")
         return self._active.step(value, samples, math.nan if cost is None else float(cost))

@@ -79,7 +79,7 @@ class SingleProcessRole(Role):
         self._schedule = Schedule(options.scheduler, optimizer)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, options.scheduler)
-        self._accumulation = Accumulation(self._flat.parameters)
+        self._accumulation = Accumulation(self._flat.parameters, optimizer)
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
@@ -224,6 +224,7 @@ class SingleProcessRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """End the run here: let the optimizer's own step() work again, and close the record."""
         self._trap.undo()
+        self._accumulation.close()
         self._recorder.close()
         self._collector.lose(0)
         self._recorder.end(

@@ -75,7 +75,7 @@ class WorkerRole(Role):
         named = zip(self._flat.names, self._flat.parameters, strict=True)
         self._writes, self._in_place = WriteWatch(named, _REMEDY), in_place
         self._notice = self._make_read_only(in_place) if settings.read("MPISYNC_READ_ONLY") else None
-        self._accumulation = Accumulation(self._flat.parameters)
+        self._accumulation = Accumulation(self._flat.parameters, optimizer)
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
@@ -152,10 +152,10 @@ class WorkerRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
+        if self._in_place:
+            self._writes.check()  # first: a hook that steps in backward leaves no gradient either
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
-        if self._in_place:
-            self._writes.check()
         packed = self._flat.pack_gradients(self._slot)
         self._presence[:] = np.frombuffer(packed.presence, np.uint8)
         self._flat.buffers.pack(self._buffers)
@@ -195,6 +195,7 @@ class WorkerRole(Role):
 
     def _pull(self) -> bool:
         """Take the newest parameters and module buffers; return False when the training has ended."""
+        before = self.version
         while True:
             running = self._worker.pull() is not None
             if not running:
@@ -206,6 +207,8 @@ class WorkerRole(Role):
             in_place = self._worker.link.shares_parameters and not self._reads
             if not running or not in_place or not self._worker.link.is_behind(self._worker.version):
                 self._follow()
+                if self.version != before:
+                    self._writes.published()
                 return running
 
     def _follow(self) -> None:
@@ -244,6 +247,7 @@ class WorkerRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
         self._trap.undo()
+        self._accumulation.close()
         try:
             if error is None:
                 self._worker.finish()
