@@ -69,7 +69,8 @@ class Accumulation:
         if self._since_step == _MANY_BATCHES:
             warnings.warn(
                 f"{_MANY_BATCHES} batches were drawn since the last session.step(loss), and no gradient counts without "
-                "it: call it after loss.backward(), for every batch or for every few",
+                "it: call it after loss.backward(), for every batch or for every few (a loop that skips every batch, "
+                "by `continue`, never ends)",
                 stacklevel=3,
             )
         return self._batches > 0
