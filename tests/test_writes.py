@@ -114,7 +114,7 @@ WRITES = {
 
 
 def loop(comm, write, begin, writer=None, at_root=None, steps=110, **more):
-    """Train, and have `write` called from the `begin`-th batch on; the version reached, the calls, and the error's text."""
+    """Train, and have `write` called from the `begin`-th batch on; the version, the calls, the error."""
     model, written = Net(), 0
     hook = (lambda _: at_root(model)) if at_root else None
     error = ""

@@ -1,6 +1,7 @@
 """A worker's endless stream of batches: its own share of the data, each batch under its own seed."""
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader
 
 from mpisync.data.batch_size import count_samples
-from mpisync.data.samplers import PoolSampler, ShardSampler, draws_by_default, share_of
+from mpisync.data.samplers import PoolSampler, ShardSampler, draws_by_default, refuse_other_length, share_of
 from mpisync.data.seeds import Stream, seed_everything
 
 ClaimBatch = Callable[[int], tuple[int, int] | None]
@@ -56,11 +57,13 @@ class SharedList:
                 f"a {type(batches).__name__} of {len(batches)} batches is too short for "
                 f"{workers} workers: each needs one at least"
             )
+        self._all, self._count = batches, len(batches)
         self._batches = batches[worker::workers]
         self.length: int | None = len(self._batches)
 
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
         """Yield the worker's batches, in the list's order in every epoch."""
+        refuse_other_length("the list", "batches", self._count, len(self._all))
         return iter(self._batches[skip:])
 
 
@@ -86,10 +89,12 @@ class ClaimedList:
 
     def __init__(self, batches: Sequence[Any], claim: ClaimBatch) -> None:
         self._batches, self._claim = batches, claim
+        self._count = len(batches)
 
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
         """Yield all batches that this worker is to have."""
-        while (lot := self._claim(len(self._batches))) is not None:
+        while (lot := self._claim(self._count)) is not None:
+            refuse_other_length("the list", "batches", self._count, len(self._batches))
             yield self._batches[lot[1]]
 
 
@@ -151,7 +156,21 @@ def shard(loader: Iterable[Any], worker: int, workers: int, seed: int) -> Source
         return SharedList(loader, worker, workers)
     if not isinstance(loader, Iterable):
         raise TypeError(f"batches needs an iterable of batches, not {type(loader).__name__}")
+    if worker == 0 and workers > 1 and _draws_inside(loader):
+        name = type(loader).__name__
+        print(
+            f"mpisync: this {name} draws from a DataLoader, and every worker goes through all of its samples: to share "
+            f"them out, put the {name} around session.batches(loader) instead",
+            file=sys.stderr,
+            flush=True,
+        )
     return OwnIterable(loader, worker, seed)
+
+
+def _draws_inside(loader: Iterable[Any]) -> bool:
+    """Say whether an iterable holds a DataLoader that could be shared out, as tqdm and its like do."""
+    held = () if isinstance(loader, DataLoader) else getattr(loader, "__dict__", {}).values()
+    return any(isinstance(one, DataLoader) and draws_by_default(one) for one in held)
 
 
 def batches_an_epoch(loader: Iterable[Any]) -> int:

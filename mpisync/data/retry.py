@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 from mpisync.data.batches import Batches
@@ -17,8 +18,9 @@ class _Handed(NamedTuple):
 class RetriedBatches:
     """Batches that are handed out again where their gradient was late.
 
-    They come in the same order and under the same random numbers, so that only the parameters differ. A loop that
-    changes a batch in place gets the changed one.
+    They come in the same order and under the same random numbers, so that only the parameters differ. A copy is kept
+    for that: the loop may have changed the batch in place (normalised it, masked its words). Only what cannot be copied
+    comes as the loop left it.
 
     Args:
         batches: Where new ones come from.
@@ -49,7 +51,7 @@ class RetriedBatches:
             batch, sequence = next(self._batches)
             self.data_s, self.batch_samples = self._batches.data_s, self._batches.batch_samples
             handed = _Handed(batch, sequence, self.batch_samples)
-        self._handed.append(handed)
+        self._handed.append(handed._replace(batch=_copied(handed.batch)))
         return handed.batch, handed.sequence
 
     def judged(self, *, again: bool) -> None:
@@ -61,3 +63,10 @@ class RetriedBatches:
     def close(self) -> None:
         """Let the loader go."""
         self._batches.close()
+
+
+def _copied(batch: Any) -> Any:  # noqa: ANN401 (a batch is whatever the loader yields)
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # an open file, a lock, a tensor of a graph: each refuses in a way of its own
+        return batch

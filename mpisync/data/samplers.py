@@ -57,7 +57,7 @@ class ShardSampler:
     """
 
     def __init__(self, loader: DataLoader[Any], worker: int, workers: int, seed: int) -> None:
-        self.samples = len(loader.dataset)  # type: ignore[arg-type]
+        self.samples, self._dataset = len(loader.dataset), loader.dataset  # type: ignore[arg-type]
         self.batch_size = loader.batch_size
         self.drop_last = loader.drop_last
         self.shuffle = isinstance(loader.sampler, RandomSampler)
@@ -92,6 +92,7 @@ class ShardSampler:
             )
 
     def _order(self, epoch: int) -> torch.Tensor:
+        refuse_other_length("the loader's data set", "samples", self.samples, len(self._dataset))  # type: ignore[arg-type]
         if not self.shuffle:
             return torch.arange(self.samples, device="cpu")
         generator = torch.Generator("cpu")
@@ -125,6 +126,16 @@ class PoolSampler(ShardSampler):
             epoch, batch = lot
             indices = self._epoch_order(epoch)[batch * size : (batch + 1) * size].tolist()
             yield Request(sequence, indices if self.batch_size is not None else indices[0])
+
+
+def refuse_other_length(what: str, unit: str, before: int, now: int) -> None:
+    """Raise RuntimeError for data that have grown or shrunk, of which no worker would see anything."""
+    if now != before:
+        raise RuntimeError(
+            f"{what} had {before} {unit} when the loop began and has {now} now: it is shared out among the workers as "
+            "it was, so what is new would never be seen; pass batches an iterable of your own, which is taken as it "
+            "is and may yield from whatever there is (a generator in an object's __iter__)"
+        )
 
 
 def draws_by_default(loader: DataLoader[Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from mpisync.model.loss_scaling import ADVICE, is_in_scaler_step
@@ -93,9 +94,25 @@ class GroupWatch:
         """Take the groups as they are now for unchanged."""
         self._groups = [_settings(group) for group in self._optimizer.param_groups]
         self._members = [_members(group) for group in self._optimizer.param_groups]
+        self._state, self._hooks = self._optimizer.state, self._hooks_now()
+
+    def _hooks_now(self) -> list[int]:
+        optimizer = self._optimizer
+        return [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
 
     def check(self) -> None:
-        """Raise RuntimeError if a group was added or a setting changed since the last reset."""
+        """Raise RuntimeError if a group, a hook or another state came, or a setting changed, since the last reset."""
+        if self._optimizer.state is not self._state:
+            raise RuntimeError(
+                "the optimizer's state was replaced on a worker (load_state_dict, an assignment), where it has no "
+                "effect: the root's optimizer makes the updates; load it before Session, on every rank, or in "
+                "on_step=, which runs at the root"
+            )
+        if self._hooks_now() != self._hooks:
+            raise RuntimeError(
+                "a step hook was added to the optimizer or taken away on a worker, where none runs: the root's "
+                "optimizer makes the updates; do it before Session, on every rank"
+            )
         groups = self._optimizer.param_groups
         if len(groups) != len(self._groups):
             raise RuntimeError(
@@ -156,6 +173,18 @@ class WriteWatch:
     def reset(self) -> None:
         """Take the parameters as they are now for untouched."""
         self._versions = [parameter._version for parameter in self._parameters]
+
+    def published(self) -> None:
+        """Tell autograd that the parameters have changed: it cannot see it, for another process wrote them.
+
+        So a graph that was built on an old version cannot be gone through at a new one, as in one process.
+        """
+        try:
+            increment_version(self._parameters)
+        except TypeError:  # before torch 2.6 it takes one at a time
+            for parameter in self._parameters:
+                increment_version(parameter)
+        self._versions = [version + 1 for version in self._versions]
 
     def check(self) -> None:
         """Raise RuntimeError naming the first parameter that was written to."""

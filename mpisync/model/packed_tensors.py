@@ -24,6 +24,7 @@ from mpisync.transport.layout import aligned
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of norms, users' own too
 CHUNK_BYTES = 1 << 18  # of one mean: temporaries stay in cache, and constants are skipped in pieces
 
 
@@ -154,6 +155,18 @@ class PackedTensors:
                     target[start:stop] = _mean(parts, dtype)
                 else:
                     target[start:stop] = parts[0]
+
+
+    def differing(self, packed: Sequence[Bytes]) -> list[str]:
+        """Return the names of tensors that differ in `packed` and are no running statistics, as far as one can tell."""
+        names = []
+        for item in self._items:
+            end = item.offset + item.shape.numel() * item.dtype.itemsize
+            parts = [one[item.offset : end] for one in packed]
+            known = type(item.owner).__module__.startswith("torch.") or item.attribute in _STATISTICS
+            if not known and not all(np.array_equal(part, parts[0]) for part in parts[1:]):
+                names.append(item.name)
+        return names
 
 
 def _mean(parts: Sequence[Bytes], dtype: torch.dtype) -> Bytes:

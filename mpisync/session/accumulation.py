@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mpisync.data.batch_size import doubt
 from mpisync.data.batches import Batches
@@ -28,27 +29,38 @@ class Accumulation:
     """The batches since the last step.
 
     As in torch, ``backward`` adds to the gradients that are there: a loop that goes on without `step` accumulates, and
-    the gradient is then of all these batches. A batch that left no gradient was passed over and is none of them.
+    the gradient is then of all these batches. A batch that left no gradient was passed over and is none of them; nor
+    are those before an ``optimizer.zero_grad()``, as in a loop that begins with it and skips steps.
 
     Args:
         parameters: Those that are trained.
+        optimizer: Theirs; it is watched until `close`.
         weighted: Whether gradients count by their samples, which must then be certain.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, weighted: bool) -> None:
-        self._parameters, self._weighted = parameters, weighted
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer, *, weighted: bool) -> None:
+        self._parameters, self._optimizer, self._weighted = parameters, optimizer, weighted
         self._since_step = 0
         self._forget()
+        self._zero_grad, self._own = optimizer.zero_grad, vars(optimizer).get("zero_grad")
+        vars(optimizer)["zero_grad"] = self._begin_anew
 
     def _forget(self) -> None:
         self._batches, self._samples, self._data_s = 0, 0, 0.0
         self._doubt = ""  # why the samples may be others
+        self._newest = self._void = 0  # samples of the newest batch, and of those that are no part of the gradient
+
+    def _begin_anew(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as the optimizer's)
+        if self.has_gradient():
+            self._void = self._samples - self._newest
+        self._zero_grad(*args, **options)
 
     def add(self, data: Batches | RetriedBatches, batch: Any) -> None:
         """Take note of the newest batch."""
         if self._weighted:
             self._doubt = self._doubt or doubt(batch)
         self._batches += 1
+        self._newest = data.batch_samples
         self._samples += data.batch_samples
         self._data_s += data.data_s
         self._since_step += 1
@@ -62,7 +74,8 @@ class Accumulation:
         if self._since_step == _MANY_BATCHES:
             warnings.warn(
                 f"{_MANY_BATCHES} batches were drawn since the last session.step(loss), and no gradient counts without "
-                "it: call it after loss.backward(), for every batch or for every few",
+                "it: call it after loss.backward(), for every batch or for every few (a loop that skips every batch, "
+                "by `continue`, never ends)",
                 stacklevel=3,
             )
         return self._batches > 0
@@ -98,7 +111,7 @@ class Accumulation:
             raise ValueError(
                 f'weight="samples" needs the number of samples, and {self._doubt}: pass session.step(loss, samples=...)'
             )
-        own = self._samples if samples is None else samples
+        own = self._samples - self._void if samples is None else samples
         basis = AccumulatedBatches(own, self._samples, self._data_s, self._batches)
         if basis.samples < 1:
             raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")
@@ -112,3 +125,9 @@ class Accumulation:
             for parameter in self._parameters:
                 parameter.grad = None
             self._forget()
+
+    def close(self) -> None:
+        """Let the optimizer be as it was."""
+        del vars(self._optimizer)["zero_grad"]
+        if self._own is not None:
+            vars(self._optimizer)["zero_grad"] = self._own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 from mpi4py import MPI
@@ -13,15 +14,16 @@ from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.model.aliases import check_aliases
 from mpisync.model.flat import FlatModel
 from mpisync.model.frozen import in_blocks
+from mpisync.model.origins import differing, digest, shared_elsewhere
 from mpisync.model.scheduler import check_scheduler
 from mpisync.model.signature import difference
 from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
-from mpisync.transport.collectives import broadcast
+from mpisync.transport.collectives import broadcast, poll
 from mpisync.transport.layout import BLOCK_BYTES, Layout, aligned, aligned_bytes
-from mpisync.transport.rendezvous import Proposal, meet
+from mpisync.transport.rendezvous import Meeting, Proposal, meet
 
 
 class DistributedModel:
@@ -64,8 +66,21 @@ class DistributedModel:
         content = json.dumps([said, self.flat.signature().decode()])
         compile_at_root(comm, layout)
         meeting = meet(comm, Proposal(content), _differ)
+        self._notice(model, meeting)
         self.participant = Participant(meeting, layout, published, options.policy)
         self._share_frozen()
+
+    def _notice(self, model: nn.Module, meeting: Meeting) -> None:
+        """Say what is no error, and changes results where the script does not expect it."""
+        digests = np.zeros(meeting.comm.size, np.int64)
+        poll(meeting.comm.Iallgather(np.array([digest(model)], np.int64), digests), meeting.comm, "to compare models")
+        notices = []
+        if meeting.is_root:
+            notices.append(differing(digests.tolist(), meeting.root))
+        elif meeting.comm.rank == 0:
+            notices.append(shared_elsewhere(list(zip(self.flat.names, self.flat.parameters, strict=True)), model))
+        for text in filter(None, notices):
+            print(text, file=sys.stderr, flush=True)
 
     def _share_frozen(self) -> None:
         """Give everyone the root's frozen parameters, once: they never travel again."""

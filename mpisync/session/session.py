@@ -211,6 +211,8 @@ class Session:
         epochs = None if epochs is None else whole("epochs", epochs, 0)
         loop = LoopOptions(steps, epochs, resume)
         loop.check(self._options.on_late, self._options.seed)
+        for parameter in self._model.parameters():
+            parameter.grad = None  # what was computed before is no batch's
         drawn = self._active.batches(loader, loop)
         self._draws = DrawWatch(self._comm, self._model)
         return SessionLoop(drawn, self._draws)

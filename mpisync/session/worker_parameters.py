@@ -59,6 +59,7 @@ class WorkerParameters:
         self._handles: list[RemovableHandle] = []
         self._writes = WriteWatch(zip(flat.names, flat.parameters, strict=True), REMEDY)
         self._frozen = FrozenWatch(flat.frozen)
+        self._version = -1  # the one shown last
         self._sample = None if self._is_overwritten or own_copy else MemorySample(self.memory)
 
     def check_before(self) -> None:
@@ -83,6 +84,9 @@ class WorkerParameters:
             self._binding.bind()
         if self._sample is not None:
             self._sample.take()
+        if self._worker.version != self._version:
+            self._version = self._worker.version
+            self._writes.published()
         if self._is_overwritten and not ended:
             fence()
             return not self._link.is_behind(self._worker.version)

@@ -22,6 +22,7 @@ from mpisync.model.binding import Binding
 from mpisync.model.copies import Values
 from mpisync.model.guards import REMEDY, FrozenWatch
 from mpisync.model.scheduler import Schedule
+from mpisync.model.signature import plain_name
 from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update, advice_on
 from mpisync.model.write_sample import MemorySample
@@ -33,6 +34,8 @@ from mpisync.session.roles.base import Role
 from mpisync.session.run_info import cores_of, run_info
 from mpisync.session.torch_threads import torch_threads
 from mpisync.transport.peers import peak_rss_bytes
+
+_LOOKS = 10  # steps, in which buffers that differ have come to do so; later it would cost for nothing
 
 
 class RootRole(Role):
@@ -79,7 +82,7 @@ class RootRole(Role):
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
-        self._warned = self._has_served = False
+        self._warned = self._told = self._has_served = False
         assert recorder is not None  # else DistributedModel has raised the problem
         self._recorder = recorder
         if advice := advice_on(optimizer):
@@ -156,7 +159,9 @@ class RootRole(Role):
             self._flat.assign_gradients(self._mean, bytes(presence[: len(self._flat.parameters)]))
             self._update.apply()
         if self._extras.size:
-            self._flat.buffers.average(self._extras, [extras[split:] for extras in closed.extras])
+            buffers = [extras[split:] for extras in closed.extras]
+            self._tell_of_buffers(closed.step, buffers)
+            self._flat.buffers.average(self._extras, buffers)
             self._flat.buffers.load(self._buffers)  # for whoever looks at the model in on_step=
 
     def _start_from(self, worker: int) -> None:
@@ -171,6 +176,21 @@ class RootRole(Role):
         print(
             f"mpisync: worker {worker}'s first forward pass initialised parameter {names[0]!r}{more}: version 1 is "
             "that, and no update; to have one there, run a forward pass before Session, on every rank",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _tell_of_buffers(self, step: int, buffers: list[np.ndarray[Any, Any]]) -> None:
+        """Say once which buffers become a mean that may have no meaning."""
+        if self._told or step >= _LOOKS or not (names := self._flat.buffers.differing(buffers)):
+            return
+        self._told = True
+        named = ", ".join(repr(plain_name(name)) for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(
+            f"mpisync: buffer {named}{more} differs between workers: all go on with the mean of the accepted ones "
+            "(integers: the first one's), which suits running statistics. A queue, a hidden state or counts that each "
+            "worker has for itself belong in a plain attribute of the module, not in a buffer",
             file=sys.stderr,
             flush=True,
         )

@@ -83,7 +83,7 @@ class SingleProcessRole(Role):
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._trap = forbid_steps(optimizer, options.scheduler)
         self._scaling, self._structure = ScaleWatch(optimizer), StructureWatch(model)
-        self._accumulation = Accumulation(self._flat.parameters, weighted=options.weight == "samples")
+        self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
@@ -230,6 +230,7 @@ class SingleProcessRole(Role):
         """End the run here: let the optimizer's own step() work again, and close the record."""
         self._trap.undo()
         self._scaling.undo()
+        self._accumulation.close()
         self._recorder.close()
         self._collector.lose(0)
         self._recorder.end(

@@ -81,7 +81,7 @@ class WorkerRole(Role):
         self._trap = forbid_steps(optimizer, options.scheduler)
         self._optimizer_trap, self._scaling = OptimizerTrap(optimizer), ScaleWatch(optimizer)
         self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
-        self._accumulation = Accumulation(self._flat.parameters, weighted=options.weight == "samples")
+        self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
@@ -160,12 +160,12 @@ class WorkerRole(Role):
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
         self._scaling.check()
+        initialised = self._parameters.check()  # first: a hook that steps in backward leaves no gradient either
         if not self._accumulation.has_gradient():
             self._structure.examine()
         basis = self._accumulation.take(samples, is_vain=self._is_late)
         self._groups.check()
         self._computed.check()
-        initialised = self._parameters.check()
         packed = self._flat.pack_gradients(self._slot)
         self._structure.check(packed.presence)
         if initialised:  # these parameters go where the gradient would
@@ -257,6 +257,7 @@ class WorkerRole(Role):
         self._trap.undo()
         self._optimizer_trap.undo()
         self._scaling.undo()
+        self._accumulation.close()
         has_final = False
         try:
             if error is None:
