@@ -82,6 +82,7 @@ class DrawWatch:
         self.misuse = ""  # by another thread
         root = comm.group.Translate_ranks([comm.size - 1], MPI.COMM_WORLD.group)[0]
         self.root = root if comm.size > 1 else None
+        self.thread = threading.get_ident()
 
     def before(self, frame: FrameType) -> None:
         """Take note that `frame` draws the next batch; raise RuntimeError where the loop never gets any."""
@@ -113,6 +114,10 @@ class DrawWatch:
                     raise RuntimeError(_DRAWN_AHEAD)
         self._is_watching, self._newest, self._passed = False, None, []
 
+    def end(self) -> None:
+        """Take note that the loop is at its end, or its session is."""
+        _open.discard(self)
+
     def problem(self, error: BaseException | None) -> RuntimeError | None:
         """Return what is to be raised at the end of a `with` that `error` has left."""
         if self.misuse and isinstance(error, KeyboardInterrupt):
@@ -141,16 +146,16 @@ class SessionLoop(Iterator[Any]):
         try:
             batch = next(self._drawn)
         except StopIteration:
-            _open.discard(self)
+            self._watch.end()
             raise LoopEnded from None
         self._watch.after(batch)
         return batch
 
     def _begin(self) -> None:
         for other in list(_open):
-            if other._thread == self._thread and other._watch.root == self._watch.root is not None:
+            if other.thread == self._thread and other.root == self._watch.root is not None:
                 raise RuntimeError(_TWO_LOOPS)
-        _open.add(self)
+        _open.add(self._watch)
 
     def _refuse_thread(self) -> None:
         """Raise RuntimeError, also in the thread of the loop, which may wait for this one for ever."""
@@ -161,11 +166,11 @@ class SessionLoop(Iterator[Any]):
 
     def close(self) -> None:
         """Leave the loop."""
-        _open.discard(self)
+        self._watch.end()
         self._drawn.close()
 
 
-_open: weakref.WeakSet[SessionLoop] = weakref.WeakSet()  # begun and not at their end
+_open: weakref.WeakSet[DrawWatch] = weakref.WeakSet()  # of loops that have begun and are not at their end
 
 
 def left_by_next(error: BaseException | None, comm: MPI.Intracomm) -> bool:

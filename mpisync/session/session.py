@@ -150,7 +150,10 @@ class Session:
         trace: TracebackType | None,
     ) -> bool:
         role, is_over = self._active, left_by_next(error, self._comm)
-        problem = None if self._draws is None else self._draws.problem(error)
+        problem = None
+        if self._draws is not None:
+            self._draws.end()
+            problem = self._draws.problem(error)
         error = problem or (None if is_over else error)
         try:
             with torch.inference_mode(False):

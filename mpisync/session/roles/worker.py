@@ -19,21 +19,18 @@ from mpisync.aggregation.shutdown import leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
 from mpisync.data.retry import RetriedBatches
-from mpisync.model.aliases import ComputedViews
 from mpisync.model.carry import CarriedGradient
 from mpisync.model.copies import Values
 from mpisync.model.flat import Packed
 from mpisync.model.gradients import peak_of
-from mpisync.model.guards import REMEDY, GroupWatch, forbid_steps
-from mpisync.model.loss_scaling import ScaleWatch
-from mpisync.model.optimizer_traps import OptimizerTrap
+from mpisync.model.guards import REMEDY
 from mpisync.model.scheduler import Schedule
-from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages
 from mpisync.model.write_fault import FaultNotice
 from mpisync.session.accumulation import AccumulatedBatches, Accumulation
 from mpisync.session.distributed_model import DistributedModel
 from mpisync.session.loop import LoopOptions
+from mpisync.session.loop_guards import LoopGuards
 from mpisync.session.options import Options
 from mpisync.session.roles.base import Role
 from mpisync.session.torch_threads import torch_threads
@@ -66,7 +63,8 @@ class WorkerRole(Role):
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
-        self._computed = ComputedViews(model)
+        self._schedule = Schedule(options.scheduler, optimizer)
+        self._guards = LoopGuards(model, optimizer, options.scheduler)
         read_only = bool(settings.read("MPISYNC_READ_ONLY"))
         self._notice = self._make_read_only(in_place) if read_only else None
         self._parameters = WorkerParameters(
@@ -77,10 +75,6 @@ class WorkerRole(Role):
             in_place=in_place,
             read_only=self._notice is not None,
         )
-        self._schedule = Schedule(options.scheduler, optimizer)
-        self._trap = forbid_steps(optimizer, options.scheduler)
-        self._optimizer_trap, self._scaling = OptimizerTrap(optimizer), ScaleWatch(optimizer)
-        self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
         self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
@@ -117,7 +111,7 @@ class WorkerRole(Role):
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield batches until the root ends the training."""
         data = self._data(loader, loop)
-        self._structure.examine()
+        self._guards.begin()
         self._parameters.check_before()
         try:
             running = self._pull()
@@ -159,15 +153,11 @@ class WorkerRole(Role):
 
     def step(self, loss: float, samples: int | None, cost: float) -> Verdict:
         """Send the gradient, learn its verdict, take the newest parameters."""
-        self._scaling.check()
         initialised = self._parameters.check()  # first: a hook that steps in backward leaves no gradient either
-        if not self._accumulation.has_gradient():
-            self._structure.examine()
+        self._guards.check(has_gradient=self._accumulation.has_gradient())
         basis = self._accumulation.take(samples, is_vain=self._is_late)
-        self._groups.check()
-        self._computed.check()
         packed = self._flat.pack_gradients(self._slot)
-        self._structure.check(packed.presence)
+        self._guards.check_structure(packed.presence)
         if initialised:  # these parameters go where the gradient would
             self._flat.store(self._slot)
             packed = Packed(packed.presence, max(peak_of(segment) for segment in self._slot.segments))
@@ -221,9 +211,9 @@ class WorkerRole(Role):
     def _follow(self) -> None:
         """Step the scheduler here as often as the root's."""
         if self._schedule.lags(self.version):
-            self._groups.check()
+            self._guards.check_groups()
             self._schedule.follow(self.version)
-            self._groups.reset()
+            self._guards.allow_groups()
 
     def samples(self) -> dict[str, Any]:
         """Return nothing: the root keeps the accounts."""
@@ -254,9 +244,7 @@ class WorkerRole(Role):
 
     def leave(self, error: BaseException | None) -> None:
         """Leave the run; without an error this rank has the final parameters."""
-        self._trap.undo()
-        self._optimizer_trap.undo()
-        self._scaling.undo()
+        self._guards.undo()
         self._accumulation.close()
         has_final = False
         try:
