@@ -164,7 +164,7 @@ def test_an_optimizer_that_steps_within_backward_is_a_write(comm):
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)
-    with fails_everywhere(comm, RuntimeError, "written to in place on a worker", "register_step_post_hook"):
+    with fails_everywhere(comm, RuntimeError, "written to on a worker", "register_step_post_hook"):
         train(comm, model, sgd(model), data=BATCHES)
 
 
@@ -172,8 +172,8 @@ def test_an_optimizer_that_steps_within_backward_is_a_write(comm):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda o: o.load_state_dict(copy.deepcopy(o.state_dict())), "the optimizer's state was replaced on a worker"),
-        (lambda o: setattr(o, "state", type(o.state)(dict)), "the optimizer's state was replaced on a worker"),
+        (lambda o: o.load_state_dict({}), "optimizer.load_state_dict() was called on a worker"),
+        (lambda o: setattr(o, "state", {}), "the optimizer's state was replaced on a worker"),
         (lambda o: o.register_step_post_hook(lambda *of: None), "a step hook was added to the optimizer"),
         (lambda o: o.register_step_pre_hook(lambda *of: None), "a step hook was added to the optimizer"),
     ],
@@ -188,7 +188,7 @@ def test_what_a_loop_does_to_a_workers_optimizer_is_refused(comm, change, words)
 @pytest.mark.parametrize(
     ("loss", "kind", "words"),
     [
-        (torch.ones(8), ValueError, r"not a tensor of shape \[8\]: pass loss.mean\(\)"),
+        (torch.ones(8), TypeError, r"not a Tensor of shape \[8\]; reduce it first, as loss.mean\(\) does"),
         ({"total": 1.0}, TypeError, "loss must be one number"),
         ("low", TypeError, "loss must be one number"),
     ],

@@ -97,8 +97,9 @@ class GroupWatch:
         self._state, self._hooks = self._optimizer.state, self._hooks_now()
 
     def _hooks_now(self) -> list[int]:
-        optimizer = self._optimizer
-        return [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+        # torch's own names, which an optimizer that skips Optimizer.__init__ does not have
+        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        return [hook for name in names for hook in getattr(self._optimizer, name, ())]
 
     def check(self) -> None:
         """Raise RuntimeError if a group, a hook or another state came, or a setting changed, since the last reset."""
