@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mpisync.model.flat import FlatModel
 from mpisync.model.looks import Looks
+from mpisync.model.modes import ordinary_mode
 from mpisync.model.tensor_layout import Views
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,7 +53,7 @@ class Binding:
         """Give the parameters memory of their own, with the values of one version."""
         if self.is_detached:
             return
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with ordinary_mode(), torch.no_grad():
             self._shown = self._copy()
             self._flat.detach(self._shown)
         self.is_detached = True

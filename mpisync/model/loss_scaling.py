@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-# In the words that come first: the other ranks are told no more than 150 letters of an error.
+# It comes first in the sentences, which are long.
 ADVICE = (
     "write scaler.unscale_(optimizer); session.step(loss); scaler.update(), and no scaler.step(optimizer): a gradient "
     "that overflowed is then rejected, and its worker's scale shrinks"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from mpisync.aggregation.late_work import LateWork, late_work_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.model.copies import copy_of, state_of
 from mpisync.model.loss_scaling import refuse_scaled
+from mpisync.model.modes import ordinary_mode
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.arguments import number, optional_number, whole
@@ -135,7 +135,7 @@ class Session:
     def __enter__(self) -> Session:
         if self._comm.size == 1:
             check_launcher(self._comm)
-        with torch.inference_mode(False):  # else the parameters' memory would be of no use outside of it
+        with ordinary_mode():  # else the parameters' memory would be of no use outside of it
             if self._comm.size == 1:
                 self._role = SingleProcessRole(self._model, self._optimizer, self._options)
             else:
@@ -156,7 +156,7 @@ class Session:
             problem = self._draws.problem(error)
         error = problem or (None if is_over else error)
         try:
-            with torch.inference_mode(False):
+            with ordinary_mode():
                 role.leave(error)
                 if role.averages is not None:
                     self.average = state_of(self._model, role.averages)
@@ -255,7 +255,7 @@ class Session:
         own = None if samples is None else whole("samples", samples, 1)
         if self._draws is not None:
             self._draws.step(sys._getframe(1))
-        with torch.inference_mode(False):  # with gradients: an optimizer's step() decides that itself
+        with ordinary_mode():  # with gradients: an optimizer's step() decides that itself
             return self._active.step(value, own, price)
 
     def stale(self) -> bool:
@@ -291,7 +291,7 @@ class Session:
         """
         if average and self._options.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
-        with torch.inference_mode(False):
+        with ordinary_mode():
             _, values = self._active.newest(average=average)
             return copy_of(self._plain, values)
 
@@ -319,7 +319,7 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the newest version and the model's state; on the root also the optimizer's, scheduler's, samples'."""
-        with torch.inference_mode(False):
+        with ordinary_mode():
             version, values = self._active.newest(average=False)
             state: dict[str, Any] = {"version": version, "model": state_of(self._plain, values)}
         if self._active.makes_updates:

@@ -21,6 +21,7 @@ from mpisync.aggregation.shutdown import failure_of, leave_root
 from mpisync.model.binding import Binding
 from mpisync.model.copies import Values
 from mpisync.model.guards import REMEDY, FrozenWatch
+from mpisync.model.modes import ordinary_mode
 from mpisync.model.scheduler import Schedule
 from mpisync.model.signature import plain_name
 from mpisync.model.structure import StructureWatch
@@ -119,7 +120,7 @@ class RootRole(Role):
         self._structure.examine()
         for closed in self._root.serve(loop.steps):
             self._check_writes()
-            with torch.inference_mode(False):  # as in a loop that has set nothing, whatever the script has set here
+            with ordinary_mode():  # as in a loop that has set nothing, whatever the script has set here
                 self._take(closed)
                 self._schedule.advance(closed.loss)
             record = closed.publish()
