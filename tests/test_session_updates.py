@@ -219,7 +219,7 @@ class Halves:
 
 
 @pytest.mark.parallel(WORKERS + 1)
-@pytest.mark.parametrize(("transport", "own_copy"), [(t, own) for t in ("shared", "messages") for own in (0, 1)])
+@pytest.mark.parametrize(("transport", "own_copy"), [(t, own) for t in ("shared", "messages") for own in (False, True)])
 def test_a_late_step_leaves_no_trace_in_buffers(comm, monkeypatch, tmp_path, transport, own_copy):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     counter = Counter(comm, tmp_path)

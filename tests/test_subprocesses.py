@@ -29,6 +29,7 @@ class Places(torch.utils.data.Dataset):
 def main():
     loader = DataLoader(Places(), batch_size=4, num_workers=2, persistent_workers={persistent},
                         multiprocessing_context="{method}")
+    torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seen = set()

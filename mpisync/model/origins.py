@@ -22,7 +22,7 @@ def digest(model: nn.Module) -> int:
     return number
 
 
-def differing(digests: Sequence[int], root: int) -> str:
+def differing(digests: Sequence[object], root: int) -> str:
     """Say which ranks began with values of their own, and what follows; "" if none did."""
     others = [str(rank) for rank, number in enumerate(digests) if number != digests[root]]
     if not others:

@@ -21,7 +21,7 @@ from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizer
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
-from mpisync.transport.collectives import broadcast, poll
+from mpisync.transport.collectives import broadcast, exchange
 from mpisync.transport.layout import BLOCK_BYTES, Layout, aligned, aligned_bytes
 from mpisync.transport.rendezvous import Meeting, Proposal, meet
 
@@ -72,11 +72,10 @@ class DistributedModel:
 
     def _notice(self, model: nn.Module, meeting: Meeting) -> None:
         """Say what is no error, and changes results where the script does not expect it."""
-        digests = np.zeros(meeting.comm.size, np.int64)
-        poll(meeting.comm.Iallgather(np.array([digest(model)], np.int64), digests), meeting.comm, "to compare models")
+        digests = exchange(meeting.comm, str(digest(model)), "which values its model has")
         notices = []
         if meeting.is_root:
-            notices.append(differing(digests.tolist(), meeting.root))
+            notices.append(differing(digests, meeting.root))
         elif meeting.comm.rank == 0:
             notices.append(shared_elsewhere(list(zip(self.flat.names, self.flat.parameters, strict=True)), model))
         for text in filter(None, notices):
