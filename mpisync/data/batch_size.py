@@ -10,11 +10,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 
 def count_samples(batch: Any) -> int:
     """Return the samples of a batch; 1 where nothing in it can be counted."""
+    first = batch[0] if type(batch) in (tuple, list) and batch else batch
+    if type(first) is Tensor and not first.is_nested and first.ndim:  # as nearly always
+        return len(first)
     return next(_counts(batch), 1)
 
 

@@ -96,10 +96,10 @@ class GroupWatch:
         self._members = [_members(group) for group in self._optimizer.param_groups]
         self._state, self._hooks = self._optimizer.state, self._hooks_now()
 
-    def _hooks_now(self) -> list[int]:
+    def _hooks_now(self) -> int:
         # torch's own names, which an optimizer that skips Optimizer.__init__ does not have
         names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        return [hook for name in names for hook in getattr(self._optimizer, name, ())]
+        return sum(len(getattr(self._optimizer, name, ())) for name in names)
 
     def check(self) -> None:
         """Raise RuntimeError if a group, a hook or another state came, or a setting changed, since the last reset."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mpisync.model.signature import describe, plain_name
 
 _TURNS = 16  # steps within which every module is looked at
+_EVERY = 4  # how many of them pass between two looks: one costs as much as the modules that it is at
 _PATTERNS = 64  # a model whose gradients come in more different sets has them in any
 _CURE = (
     "a session trains the parameters that the model had when it began. Replace, add, remove, tie and untie modules and "
@@ -37,7 +38,7 @@ class StructureWatch:
     def _learn(self) -> None:
         self._modules = list(self._model.modules())
         self._outlines = [_outline(module) for module in self._modules]
-        self._share, self._next = -(-len(self._modules) // _TURNS), 0
+        self._share, self._next, self._calls = -(-_EVERY * len(self._modules) // _TURNS), 0, 0
 
     def check(self, presence: bytes = b"") -> None:
         """Look at some modules, or at all; raise RuntimeError as `examine` does.
@@ -48,6 +49,9 @@ class StructureWatch:
         if presence not in self._seen and len(self._seen) < _PATTERNS:
             self._seen.add(presence)
             self.examine()
+            return
+        self._calls += 1
+        if self._calls % _EVERY:
             return
         first, self._next = self._next, self._next + self._share
         for index, module in enumerate(self._modules[first : self._next], first):

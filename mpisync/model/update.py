@@ -100,11 +100,16 @@ def _is_plain(optimizer: Optimizer) -> bool:
     if type(optimizer) is not SGD:
         return False
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper there
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        return False
     # Private names of torch: where one lacks, somebody may want to see the gradients.
-    hooks = [vars(optimizer).get(f"_optimizer_step_{when}_hooks", True) for when in ("pre", "post")]
-    home = sys.modules[Optimizer.__module__]
-    hooks += [getattr(home, f"_global_optimizer_{when}_hooks", True) for when in ("pre", "post")]
-    return not any(hooks) and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    own, everyones = vars(optimizer), vars(sys.modules[Optimizer.__module__])
+    return not (
+        own.get("_optimizer_step_pre_hooks", True)
+        or own.get("_optimizer_step_post_hooks", True)
+        or everyones.get("_global_optimizer_pre_hooks", True)
+        or everyones.get("_global_optimizer_post_hooks", True)
+    )
 
 
 @cache
