@@ -221,7 +221,8 @@ def test_no_look_is_torn(comm, monkeypatch, transport):
 
 
 @pytest.mark.long
-@pytest.mark.parallel(3, timeout_s=600)
+@pytest.mark.parallel(3)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_none_of_10000_looks_is_torn(comm, monkeypatch, transport):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
