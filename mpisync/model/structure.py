@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from mpisync.model.signature import describe, plain_name
 
 _TURNS = 16  # steps within which every module is looked at
-_EVERY = 4  # how many of them pass between two looks: one costs as much as the modules that it is at
+_EVERY = 4  # how many steps pass from one look to the next
+_LEAST = 8  # modules at a look: of a small model all
 _PATTERNS = 64  # a model whose gradients come in more different sets has them in any
 _CURE = (
     "a session trains the parameters that the model had when it began. Replace, add, remove, tie and untie modules and "
@@ -38,7 +39,7 @@ class StructureWatch:
     def _learn(self) -> None:
         self._modules = list(self._model.modules())
         self._outlines = [_outline(module) for module in self._modules]
-        self._share, self._next, self._calls = -(-_EVERY * len(self._modules) // _TURNS), 0, 0
+        self._share, self._next, self._calls = max(_LEAST, -(-_EVERY * len(self._modules) // _TURNS)), 0, 0
 
     def check(self, presence: bytes = b"") -> None:
         """Look at some modules, or at all; raise RuntimeError as `examine` does.
