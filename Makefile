@@ -39,7 +39,7 @@ $(STAMP): setup.py constraints.txt
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-# Longer proofs: the ends of ranks under ULFM, loaders' workers in jobs that fail.
+# Longer proofs: ends of ranks under ULFM, loaders in jobs that fail, more than 2 GiB, ten thousand looks.
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(ARGS)
 
