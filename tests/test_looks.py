@@ -213,21 +213,13 @@ def torn_looks(comm, least):
 
 
 @pytest.mark.parallel(3)
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_no_look_is_torn(comm, monkeypatch, transport):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
-    looks, torn = torn_looks(comm, 330)
-    assert not torn and (looks >= 330 or comm.rank != 0)
-
-
-@pytest.mark.long
-@pytest.mark.parallel(3)
 @pytest.mark.timeout(500)
+@pytest.mark.parametrize("least", [330, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_none_of_10000_looks_is_torn(comm, monkeypatch, transport):
+def test_no_look_is_torn(comm, monkeypatch, transport, least):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
-    looks, torn = torn_looks(comm, 10_000)
-    assert not torn and (looks >= 10_000 or comm.rank != 0)
+    looks, torn = torn_looks(comm, least)
+    assert not torn and (looks >= least or comm.rank != 0)
 
 
 def saved_bytes(value):
