@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from launch import run_script
 from torch import nn
-from training import WORKERS, fails_everywhere, flat, on_all
+from training import WORKERS, fails_everywhere, flat, on_all, on_union
 
 import mpisync
 
@@ -41,13 +41,7 @@ def reference(workers, steps=6):
     torch.manual_seed(0)
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(steps):
-        for worker in range(workers):
-            own = BATCHES[worker::workers]
-            x, y = own[step % len(own)]
-            (F.mse_loss(model(x), y) / workers).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    on_union(model, optimizer, BATCHES, lambda m, x, y: F.mse_loss(m(x), y), workers=workers, steps=range(steps))
     return flat(model)
 
 

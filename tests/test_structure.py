@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from training import WORKERS, fails_everywhere, flat, new_model, on_all, sgd
+from training import WORKERS, fails_everywhere, flat, new_model, on_all, on_union, sgd
 
 import mpisync
 from mpisync.model.flat import FlatModel
@@ -35,14 +35,11 @@ def run(comm, model, change, optimizer=None, steps=8, **more):
 
 def reference(model, change, optimizer, steps=8, workers=WORKERS):
     """The same in one process, on the union of the workers' batches."""
-    for version in range(steps):
-        change(model, version)
-        for worker in range(workers):
-            own = BATCHES[worker::workers]
-            x, y = own[version % len(own)]
-            (F.cross_entropy(model(x), y) / workers).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def loss_of(model, x, y):
+        return F.cross_entropy(model(x), y)
+
+    on_union(model, optimizer, BATCHES, loss_of, workers=workers, steps=range(steps), before=change)
 
 
 def replace_head(model):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training import DATA, WORKERS, flat, loader, on_all, sgd
+from training import DATA, WORKERS, flat, loader, on_all, on_union, sgd
 
 import mpisync
 from mpisync.model.write_sample import MemorySample, TensorSample
@@ -257,12 +257,7 @@ def test_after_initialisation_training_is_that_of_one_process_from_there(comm, m
         alone = flow("buffer").double()
         alone.load_state_dict(start[0])
         optimizer = sgd(alone)
-        for step in range(1, 7):
-            optimizer.zero_grad()
-            for worker in range(WORKERS):
-                x, y = batches[worker::WORKERS][step % (len(batches) // WORKERS)]
-                (F.mse_loss(alone(x), y) / WORKERS).backward()
-            optimizer.step()
+        on_union(alone, optimizer, batches, lambda m, x, y: F.mse_loss(m(x), y), steps=range(1, 7))
         assert np.allclose(flat(model), flat(alone), rtol=0, atol=1e-9)
     comm.barrier()
     is_said = "first forward pass initialised parameter '0.shift' and 1 more" in capfd.readouterr().err
@@ -348,13 +343,7 @@ def test_a_target_of_frozen_parameters_is_refused_and_one_of_buffers_is_right(co
         run(as_buffers=False)
     model, alone = run(as_buffers=True), Target(as_buffers=True)
     optimizer = torch.optim.SGD(alone.online.parameters(), 0.1)
-    for step in range(6):
-        optimizer.zero_grad()
-        alone.move(by_data)
-        for worker in range(WORKERS):
-            x, y = BATCHES[worker::WORKERS][step]
-            (alone.loss(x, y) / WORKERS).backward()
-        optimizer.step()
+    on_union(alone, optimizer, BATCHES, Target.loss, before=lambda m, _: m.move(by_data))
     for name, value in alone.state_dict().items():
         assert torch.allclose(model.state_dict()[name], value, rtol=0, atol=1e-6), name
 

@@ -45,6 +45,18 @@ def train(comm, model, optimizer, steps=12, data=None, body=None, roles=None, **
     return verdicts, session
 
 
+def on_union(model, optimizer, batches, loss_of, *, workers=WORKERS, steps=range(6), before=None):
+    """Train in one process on the union of the workers' batches, as a list of them is shared out."""
+    for step in steps:
+        if before is not None:
+            before(model, step)
+        for worker in range(workers):
+            own = batches[worker::workers]
+            (loss_of(model, *own[step % len(own)]) / workers).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
 
