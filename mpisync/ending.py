@@ -9,10 +9,14 @@ processes that an MPI launcher started as ranks; elsewhere nothing is touched.
 
 from __future__ import annotations
 
+import array
 import atexit
+import fcntl
 import functools
 import os
+import stat
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +26,7 @@ from typing import Any, NoReturn
 from mpisync import launchers, siblings, subprocesses, watcher
 
 _ECHO_S = 1.0  # the rank where it began is given so long to show its traceback first
+_READ_S = 1.0  # the launcher is given so long to read what was written before an abort
 _FAILED_S, _ENDED_S = 3.0, 10.0  # how long others are given to end too, behind an error and without
 _rank: launchers.Placement | None = None  # of this process; None where it is none, or not set up
 _watched_by: int | None = None  # the launcher's daemon, where our watcher ends the job in its stead
@@ -78,11 +83,31 @@ def _abort(code: int) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    _let_the_launcher_read()
     if _watched_by is not None:  # MPI_Abort would end this rank alone, or hang
         watcher.tell(_watched_by, "failed", _rank.rank)
         os._exit(code)
     if (MPI := _running_mpi()) is not None:
         MPI.COMM_WORLD.Abort(code)
+
+
+def _let_the_launcher_read() -> None:
+    """Wait until the launcher has read what this rank wrote: behind an abort MPICH's leaves the pipe unread."""
+    end_s = time.monotonic() + _READ_S
+    for descriptor in (1, 2):
+        while _unread_bytes(descriptor) and time.monotonic() < end_s:
+            time.sleep(1e-3)
+
+
+def _unread_bytes(descriptor: int) -> int:
+    """What a pipe of this process holds that nobody has read yet; 0 for anything but a pipe."""
+    unread = array.array("i", [0])
+    try:
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            fcntl.ioctl(descriptor, termios.FIONREAD, unread)
+    except OSError:  # it is closed
+        pass
+    return unread[0]
 
 
 def _remembering(leave: Callable[..., NoReturn]) -> Callable[..., NoReturn]:

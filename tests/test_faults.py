@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -344,3 +346,24 @@ def test_a_collective_of_the_users_in_the_loop_is_guessed_at():
     env = {"MPISYNC_STALL_REPORT_S": "1"}
     with start_script(3, script(at_worker=at_worker, steps=5), env=env) as job:
         job.wait_for("calls an MPI collective inside the loop", "stderr", LIMIT_S)
+
+
+def test_an_abort_waits_until_what_was_written_is_read():
+    """MPICH's launcher, told of an abort, leaves unread what is still in the pipe: a traceback was lost."""
+    code = """
+import sys, time
+from mpisync import ending
+sys.stderr.write("why\\n" * 100)
+sys.stderr.flush()
+began_s = time.monotonic()
+ending._let_the_launcher_read()
+print(time.monotonic() - began_s)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stderr is not None and process.stdout is not None
+        assert process.stderr.read(4) == b"why\n"  # from here on it waits
+        time.sleep(0.3)
+        process.stderr.readall()
+        waited_s = float(process.stdout.read())
+    assert 0.2 < waited_s < 1.0
