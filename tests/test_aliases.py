@@ -229,3 +229,47 @@ def test_the_cure_that_it_names_is_right(comm, monkeypatch, transport):
     free = made()
     train(comm, free, torch.optim.SGD(free.parameters(), lr=2.0), steps=5, data=batches)
     assert np.abs(flat(free) - flat(own)).max() > 1e-3, "it matters"
+
+
+class Rescaled(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.words, self.call = nn.Parameter(torch.ones(6, 4)), call
+
+    def forward(self, index):
+        return self.call(self.words, index)
+
+
+@pytest.mark.parametrize("own_copy", [False, True])
+@pytest.mark.parametrize("call", [
+    lambda words, index: F.embedding(index, words, max_norm=1.0),
+    lambda words, index: F.embedding_bag(index, words, max_norm=1.0),
+    lambda words, index: F.embedding(index, words[1:3], max_norm=1.0),  # of a view
+])  # fmt: skip
+@pytest.mark.parallel(2)
+def test_a_parameter_that_a_function_rescales_is_refused(comm, call, own_copy):
+    model = Rescaled(call)
+    session = mpisync.Session(comm, model, sgd(model), own_copy=own_copy, progress=False)
+    with pytest.raises((RuntimeError, mpisync.PeerFailed), match=r"rescales parameter 'words' in forward.*renorm_\(2"):
+        with session:
+            for index in session.batches([torch.tensor([[0, 1]])], steps=3):
+                loss = model(index).sum()
+                loss.backward()
+                session.step(loss)
+    call(model.words, torch.tensor([[0, 1]]))  # after the session it may
+    assert float(model.words[1].detach().norm()) < 1.01 < float(model.words[5].detach().norm())
+
+
+@pytest.mark.parametrize("own_copy", [False, True])
+@pytest.mark.parallel(2)
+def test_what_is_no_parameter_may_be_rescaled(comm, own_copy):
+    table = torch.ones(6, 4)
+    model = nn.Linear(4, 2)
+    with mpisync.Session(comm, model, sgd(model), own_copy=own_copy, progress=False) as session:
+        for index in session.batches([torch.tensor([0, 1])], steps=3):
+            loss = model(F.embedding(index, table, max_norm=1.0)).sum()
+            loss.backward()
+            session.step(loss)
+            looked = session.snapshot()
+            F.embedding(index, looked.weight, max_norm=1e-3)
+    assert session.version == 3 and (session.worker is None or float(table[0].norm()) < 1.01)

@@ -132,7 +132,6 @@ class FlatModel:
 
     # --- gradients ----------------------------------------------------------------------------
 
-    @torch.no_grad()
     def pack_gradients(self, slot: Views, kernel: PackKernel = fold.pack) -> Packed:
         """Move the gradients into `slot`: afterwards the parameters have none.
 
@@ -150,7 +149,8 @@ class FlatModel:
                     f"the gradient of parameter {name!r} is sparse: sparse gradients are not "
                     "supported; use Embedding(sparse=False)"
                 )
-        peak = self._copier.copy(gradients, slot, kernel)
+        with torch.no_grad():  # gradients may have a graph of their own
+            peak = self._copier.copy(gradients, slot, kernel)
         for parameter in self.parameters:
             parameter.grad = None
         return Packed(bytes(gradient is not None for gradient in gradients), peak)

@@ -39,6 +39,8 @@ class GradientCopier:
                     self._spans.append((segment, start, place.offset))
                     start = place.offset + place.count
             self._spans.append((segment, start, count))
+        self._slot: Views | None = None  # of `_smalls`, which would take longer to make than to go through
+        self._smalls: list[Tensor] = []
 
     def copy(self, gradients: Sequence[Tensor | None], slot: Views, kernel: PackKernel) -> float:
         """Copy the gradients, zero where there is none; return the largest magnitude, inf if any is not finite."""
@@ -56,30 +58,33 @@ class GradientCopier:
             torch._foreach_copy_(targets, sources)
         if absent:
             torch._foreach_zero_(absent)
-        spans = (peak_of(slot.segments[segment][start:stop]) for segment, start, stop in self._spans)
-        return max([peak, *spans])
+        if slot is not self._slot:
+            self._slot = slot
+            self._smalls = [slot.segments[segment][start:stop] for segment, start, stop in self._spans if start < stop]
+        return max([peak, *map(peak_of, self._smalls)])
 
     def _copy_large(self, index: int, gradient: Tensor, target: Tensor, kernel: PackKernel) -> float:
         if gradient.stride() != target.stride() or gradient.dtype is not target.dtype:
             target.copy_(gradient)
             return peak_of(_flat(target))
-        return kernel(_array(gradient), _array(target), self._dtypes[index])
+        return kernel(array_of(gradient), array_of(target), self._dtypes[index])
 
 
 def _flat(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def _array(dense: Tensor) -> Array:
+def array_of(dense: Tensor) -> Array:
+    """Return the memory of a dense tensor as a flat array; 16-bit floats as uint16, for NumPy lacks one of them."""
     flat = _flat(dense)
     return (flat.view(torch.uint16) if flat.itemsize == 2 else flat).numpy()
 
 
 def peak_of(flat: Tensor) -> float:
     """Return the largest magnitude in a flat tensor; inf where an element is not finite."""
-    if not len(flat):
+    if not flat.numel():
         return 0.0
     # One vectorised pass that NaN survives, fast as memory; isfinite().all() is 40 times slower.
     smallest, largest = torch.aminmax(flat)
-    peak = max(-float(smallest), float(largest))
+    peak = max(-smallest.item(), largest.item())
     return peak if math.isfinite(peak) else math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -93,13 +94,13 @@ class GroupWatch:
     def reset(self) -> None:
         """Take the groups as they are now for unchanged."""
         self._groups = [_settings(group) for group in self._optimizer.param_groups]
-        self._members = [_members(group) for group in self._optimizer.param_groups]
+        self._members = [list(group["params"]) for group in self._optimizer.param_groups]
         self._state, self._hooks = self._optimizer.state, self._hooks_now()
 
     def _hooks_now(self) -> int:
         # torch's own names, which an optimizer that skips Optimizer.__init__ does not have
-        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        return sum(len(getattr(self._optimizer, name, ())) for name in names)
+        before = getattr(self._optimizer, "_optimizer_step_pre_hooks", ())
+        return len(before) + len(getattr(self._optimizer, "_optimizer_step_post_hooks", ()))
 
     def check(self) -> None:
         """Raise RuntimeError if a group, a hook or another state came, or a setting changed, since the last reset."""
@@ -122,16 +123,18 @@ class GroupWatch:
                 "every rank"
             )
         for index, (group, before) in enumerate(zip(groups, self._groups, strict=True)):
-            for key, value in before.items():
-                if key not in group or not _same(group[key], value):
-                    now = group.get(key, "nothing")
+            same = len(group) == len(before) and all(map(operator.is_, group.values(), before.values()))
+            for key, value in () if same else before.items():
+                now = group.get(key, "nothing")
+                if key != "params" and now is not value and not _same(now, value):
                     raise RuntimeError(
                         f"param_groups[{index}][{key!r}] was changed from {value} to {now} on a "
                         "worker, where it has no effect: the root's optimizer makes the updates; "
                         "use Session(..., scheduler=scheduler), or change it in on_step=, which "
                         "runs at the root"
                     )
-            if _members(group) != self._members[index]:
+            members, kept = group["params"], self._members[index]
+            if len(members) != len(kept) or not all(map(operator.is_, members, kept)):
                 raise RuntimeError(
                     f"param_groups[{index}]['params'] was changed on a worker: choose the "
                     "parameters before Session, on every rank"
@@ -142,12 +145,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value.clone() if isinstance(value, Tensor) else value
         for key, value in group.items()
-        if key != "params"
     }
-
-
-def _members(group: dict[str, Any]) -> list[int]:
-    return [id(parameter) for parameter in group["params"]]
 
 
 def _same(one: Any, other: Any) -> bool:  # noqa: ANN401

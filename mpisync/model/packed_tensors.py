@@ -100,18 +100,18 @@ class PackedTensors:
             views.append(part.view(item.dtype).view(item.shape))
         return views
 
-    @torch.no_grad()
     def pack(self, views: list[Tensor]) -> None:
         """Copy the module's present tensors into the bytes that `views` shows."""
         if views:
-            torch._foreach_copy_(views, self._current(self._loaded or views))
+            with torch.no_grad():
+                torch._foreach_copy_(views, self._current(self._loaded or views))
 
-    @torch.no_grad()
     def load(self, views: list[Tensor]) -> None:
         """Write the bytes that `views` shows into the module's tensors, in place."""
         if views:
             self._loaded = views
-            torch._foreach_copy_(self._current(views), views)
+            with torch.no_grad():
+                torch._foreach_copy_(self._current(views), views)
 
     def _current(self, published: list[Tensor]) -> list[Tensor]:
         """Return the module's present tensors; for a cache that is this rank's own, what was published."""

@@ -70,6 +70,9 @@ class DrawWatch:
     Args:
         comm: The session's communicator.
         model: Whose gradients.
+
+    Attributes:
+        is_watching: Whether there was no step yet; without it nothing needs to be noted.
     """
 
     def __init__(self, comm: MPI.Intracomm, model: nn.Module) -> None:
@@ -77,7 +80,7 @@ class DrawWatch:
         self._newest: Any = None
         self._drawn = 0
         self._passed: list[_Passed] = []
-        self._is_watching = True
+        self.is_watching = True
         self.has_begun = False
         self.misuse = ""  # by another thread
         root = comm.group.Translate_ranks([comm.size - 1], MPI.COMM_WORLD.group)[0]
@@ -87,7 +90,7 @@ class DrawWatch:
     def before(self, frame: FrameType) -> None:
         """Take note that `frame` draws the next batch; raise RuntimeError where the loop never gets any."""
         self.has_begun = True
-        if not self._is_watching or not self._drawn or any(p.grad is not None for p in self._parameters):
+        if not self._drawn or any(p.grad is not None for p in self._parameters):
             return
         if len(self._passed) < _KEPT_BATCHES:
             own = _objects(self._newest)
@@ -97,14 +100,11 @@ class DrawWatch:
 
     def after(self, batch: Any) -> None:
         """Take note of the batch that was drawn."""
-        if self._is_watching:
-            self._newest = batch
-            self._drawn += 1
+        self._newest = batch
+        self._drawn += 1
 
     def step(self, frame: FrameType) -> None:
         """Raise RuntimeError if a batch was drawn ahead of the first step, which `frame` makes."""
-        if not self._is_watching:
-            return
         stack = list(_stack(frame))
         now = set(map(id, stack))
         for batch, holders in self._passed:
@@ -112,7 +112,7 @@ class DrawWatch:
             if own and batch is not self._newest:  # numbers tell nothing, nor does the same batch again
                 if not holders & now or any(_is_in(value, own) for each in stack for value in each.f_locals.values()):
                     raise RuntimeError(_DRAWN_AHEAD)
-        self._is_watching, self._newest, self._passed = False, None, []
+        self.is_watching, self._newest, self._passed = False, None, []
 
     def end(self) -> None:
         """Take note that the loop is at its end, or its session is."""
@@ -140,15 +140,18 @@ class SessionLoop(Iterator[Any]):
     def __next__(self) -> Any:
         if threading.get_ident() != self._thread:
             self._refuse_thread()
-        if not self._watch.has_begun:
-            self._begin()
-        self._watch.before(sys._getframe(1))
+        watch = self._watch
+        if watch.is_watching:
+            if not watch.has_begun:
+                self._begin()
+            watch.before(sys._getframe(1))
         try:
             batch = next(self._drawn)
         except StopIteration:
-            self._watch.end()
+            watch.end()
             raise LoopEnded from None
-        self._watch.after(batch)
+        if watch.is_watching:
+            watch.after(batch)
         return batch
 
     def _begin(self) -> None:

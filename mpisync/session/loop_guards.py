@@ -11,6 +11,7 @@ from mpisync.model.aliases import ComputedViews
 from mpisync.model.guards import GroupWatch, forbid_steps
 from mpisync.model.loss_scaling import ScaleWatch
 from mpisync.model.optimizer_traps import OptimizerTrap
+from mpisync.model.renorm import RenormTrap
 from mpisync.model.structure import StructureWatch
 
 
@@ -30,6 +31,7 @@ class LoopGuards:
         self._steps = forbid_steps(optimizer, scheduler)
         self._optimizer, self._scaling = OptimizerTrap(optimizer), ScaleWatch(optimizer)
         self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
+        self._renorm = RenormTrap(model)
 
     def begin(self) -> None:
         """Check the model as it is when the loop begins."""
@@ -68,3 +70,4 @@ class LoopGuards:
         self._steps.undo()
         self._optimizer.undo()
         self._scaling.undo()
+        self._renorm.undo()

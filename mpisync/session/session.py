@@ -253,7 +253,7 @@ class Session:
         if cost is not None and not 0 < price < math.inf:
             raise ValueError(f"cost must be finite and greater than 0, not {price}")
         own = None if samples is None else whole("samples", samples, 1)
-        if self._draws is not None:
+        if self._draws is not None and self._draws.is_watching:
             self._draws.step(sys._getframe(1))
         with ordinary_mode():  # with gradients: an optimizer's step() decides that itself
             return self._active.step(value, own, price)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpisync import settings
@@ -22,7 +22,7 @@ from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
 from mpisync.model.copies import Values
 from mpisync.model.flat import Packed
-from mpisync.model.gradients import peak_of
+from mpisync.model.gradients import array_of, peak_of
 from mpisync.model.guards import REMEDY
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages
@@ -58,6 +58,8 @@ class WorkerRole(Role):
         link = self._worker.link
         self._slot = self._flat.views(link.layout.arrays(link.gradient))
         extras = link.layout.extras(link.gradient)
+        largest = max(self._slot.segments, key=Tensor.numel)
+        self._sampled = array_of(largest)[:: max(1, largest.numel() // _SAMPLE)]
         self._presence = extras[: len(self._flat.parameters)]
         self._buffers = self._flat.buffers.views(extras[self._distributed.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
@@ -194,9 +196,8 @@ class WorkerRole(Role):
 
     def _fingerprint(self) -> int:
         """Return a number that two workers share only if they computed the same gradient; 0 for zeros."""
-        gradient = max(self._slot.segments, key=len)
-        sample = gradient[:: max(1, len(gradient) // _SAMPLE)].float().numpy()
-        return zlib.crc32(sample.tobytes()) if sample.any() else 0
+        sample = self._sampled.tobytes()
+        return zlib.crc32(sample) if sample.strip(b"\0\x80") else 0  # zeros of either sign
 
     def _pull(self) -> bool:
         """Take the newest parameters and module buffers; return False when the training has ended."""
