@@ -57,6 +57,19 @@ def start(program, *arguments):
 
 
 @WORDS
+def test_words_may_lie_apart(dtype):
+    table = np.zeros((12, 40), dtype)
+    words = table[:, 1]
+    for row in range(12):
+        store_release(words, row, 100 + row)
+        assert load_acquire(words, row) == table[row, 1] == 100 + row
+        assert fetch_add(words, row, 5) == 100 + row
+    backwards = words[::-1]
+    assert load_acquire(backwards, 0) == 116
+    assert table.sum() == table[:, 1].sum() == sum(105 + row for row in range(12)), "nothing else was written"
+
+
+@WORDS
 def test_what_is_stored_is_loaded(dtype):
     words = np.zeros(4, dtype)
     store_release(words, 2, 7)

@@ -26,7 +26,9 @@ Words = NDArray[np.int64] | NDArray[np.uint32]
 def _word(context: Any, builder: ir.IRBuilder, array: Any, args: Any) -> ir.Value:
     """Return a pointer to words[i], from the lowered (words, i, ...)."""
     words = context.make_array(array)(context, builder, args[0])
-    return builder.gep(words.data, [args[1]])
+    offset = builder.mul(args[1], builder.extract_value(words.strides, 0))  # words may be a column of a table
+    start = builder.ptrtoint(words.data, offset.type)
+    return builder.inttoptr(builder.add(start, offset), words.data.type)
 
 
 def _check(words: Any, *, writes: bool) -> None:
