@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from mpisync.transport.base import End, RootLink, WorkerLink
+from mpisync.transport.base import End, Pause, RootLink, WorkerLink
 from mpisync.transport.connect import Reached
 from mpisync.transport.peers import Peer
 from mpisync.transport.rendezvous import Meeting
@@ -129,6 +129,10 @@ class QueueRootLink(RootLink):
             self._sent[worker] = self._version
             self._queues.to_worker[worker].put(("version", (self._version, self._published)))
 
+    def pause(self, pause):
+        for worker in self.workers:
+            self._queues.to_worker[worker].put(("pause", (pause.loops, pause.version, self._published)))
+
     def end(self, end):
         for worker in self.workers:
             self._queues.to_worker[worker].put(("end", (end.version, end.failure)))
@@ -149,7 +153,7 @@ class QueueWorkerLink(WorkerLink):
         self.parameters = memory.allocate(published.size_bytes)
         self._queues, self._worker = queues, worker
         self._newest, self._announced = -1, -1
-        self._replies, self._end = {}, None
+        self._replies, self._end, self._pause, self._final = {}, None, None, None
         queues.open.add(self)
 
     def send(self, header):
@@ -168,6 +172,8 @@ class QueueWorkerLink(WorkerLink):
                 np.copyto(self.parameters, values)
             elif kind == "behind":
                 self._announced = what
+            elif kind == "pause":
+                self._pause, self._final = Pause(*what[:2]), what[2]
             else:
                 self._end = End(*what)
 
@@ -195,6 +201,14 @@ class QueueWorkerLink(WorkerLink):
     def end(self):
         self._poll()
         return self._end
+
+    def pause(self):
+        self._poll()
+        return self._pause
+
+    def take_final(self, target):
+        np.copyto(target, self._final[: target.size])
+        return self._pause.version
 
     def wait(self, timeout_s):
         self._queues.to_worker[self._worker].wait(timeout_s)

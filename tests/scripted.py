@@ -84,6 +84,7 @@ class ScriptedLink(RootLink):
         self.fetcher = ScriptedFetcher(self, capacity) if in_pieces else None
         self.version, self.parameters = -1, None
         self.ends = []
+        self.paused = False
         self.served = {}
         self.closed = False
 
@@ -125,6 +126,10 @@ class ScriptedLink(RootLink):
         self.served[worker] = self.version
         self.world.go_on(self.world.workers[worker])
         self.world.notice_the_end(self.world.workers[worker])
+
+    def pause(self, pause):
+        assert pause.version == self.version
+        self.paused = True
 
     def end(self, end):
         self.ends.append(end)
@@ -284,7 +289,7 @@ class World:
     def go_on(self, worker):
         """Begin a computation, if the worker knows at which version and has it."""
         version = worker.link.served.get(worker.number, -1)
-        stays = worker.dead or worker.ended or worker.link.ends
+        stays = worker.dead or worker.ended or worker.link.ends or worker.link.paused
         if worker.resume is None or version < worker.resume or stays:
             return
         worker.resume = None

@@ -211,18 +211,6 @@ def test_samples_are_accounted_for(comm, tmp_path):
 
 
 @pytest.mark.parallel(WORKERS + 1)
-def test_a_second_loop_says_what_to_write_instead(comm):
-    model = new_model()
-    with fails_everywhere(comm, RuntimeError, "once a session: give it the steps of all epochs together"):
-        with mpisync.Session(comm, model, sgd(model), progress=False) as session:
-            for epoch in range(2):
-                for x, y in session.batches(loader(), steps=3 * (epoch + 1)):
-                    loss = F.cross_entropy(model(x), y)
-                    loss.backward()
-                    session.step(loss)
-
-
-@pytest.mark.parallel(WORKERS + 1)
 def test_a_replay_under_other_settings_than_the_records_is_refused_by_name(comm, tmp_path):
     path = comm.bcast(str(tmp_path / "record.jsonl"))
     kept = {"seed": 3, "weight": "samples", "clip_norm": 0.5, "ema": 0.9}

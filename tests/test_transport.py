@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,9 @@ from mpisync.session.options import chosen_policy
 from mpisync.session.partial_reduce import PartialReduce
 from mpisync.transport import communicators, connect, shared
 from mpisync.transport import shared_memory as memory_module
+from mpisync.transport.layout import Layout
 from mpisync.transport.shared_memory import Futex, SharedMemory
+from mpisync.transport.wire import Reply, ReplyKind, Status
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 
@@ -687,3 +690,22 @@ def test_a_futex_waits_no_longer_than_asked_and_not_at_all_for_old_news():
     assert 0.09 <= slept_s < 0.5
     bell.wait(1, 5.0)  # the word is another already
     assert time.monotonic() - began_s < slept_s + 0.5
+
+
+def test_a_board_tells_sixteen_workers_apart():
+    """The words that say what was answered once ran into the first reply, where over eight workers share memory."""
+    layout = Layout.of([("float32", 4)])
+    board = shared.Board(SharedMemory.create(shared.Board.size_bytes(16, layout, 1)), 16, layout, 1)
+    root = SimpleNamespace(board=board, _told=True)
+    replies = [
+        Reply(7, ReplyKind.VERDICT, Status.ACCEPTED, worker, 1000 + worker, step=3, newest=4, resume=5, text="x")
+        for worker in range(16)
+    ]
+    for reply in replies:
+        shared.SharedRootLink.reply(root, reply.worker, reply)
+    for reply in replies:
+        link = SimpleNamespace(_board=board, _worker=reply.worker)
+        assert shared.SharedWorkerLink.reply(link, reply.ordinal) == reply
+        assert shared.SharedWorkerLink.reply(link, reply.ordinal + 1) is None
+        assert board.taken[reply.worker] == 0
+    board.memory.close()

@@ -150,7 +150,7 @@ def check_ended(comm, workers):
     assert found == (7.0 if session.worker == 0 else None)
     with pytest.raises(RuntimeError, match="session has ended"):
         session.step(1.0)
-    with pytest.raises(RuntimeError, match="once a session"):
+    with pytest.raises(RuntimeError, match="make another session"):
         session.batches(loader())
 
 

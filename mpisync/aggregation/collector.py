@@ -176,8 +176,14 @@ class Collector:
         self._rejected_in_a_row = 0
         self._decided.append(Decided(gradient))
 
-    def refuse(self, arrival: Arrival, refusal: Refusal) -> None:
-        """Give a verdict that is not acceptance."""
+    def refuse(self, arrival: Arrival, refusal: Refusal, *, may_return: bool = True) -> None:
+        """Give a verdict that is not acceptance.
+
+        Args:
+            arrival: Of whose gradient.
+            refusal: The verdict.
+            may_return: Whether its samples may come again, if it is late.
+        """
         worker, is_late = arrival.worker, refusal.verdict == "late"
         gradient = self._pending.pop(worker)
         late_by = self.player.step.step - arrival.version if is_late else 0
@@ -186,7 +192,7 @@ class Collector:
             self.accounts[worker],
             gradient.work,
             refusal.verdict,
-            may_return=is_late and gradient.info.peak < math.inf,
+            may_return=may_return and is_late and gradient.info.peak < math.inf,
         )
         size_bytes = self._gradient_bytes if self._payloads.is_whole(worker) else 0
         self._enter(gradient, refusal.verdict, late_by=late_by, reason=refusal.reason or None, size_bytes=size_bytes)
@@ -250,10 +256,16 @@ class Collector:
         self.gradients = []
         self.player.step.accepted.clear()
 
-    def give_up(self, worker: int, reason: str) -> None:
-        """Refuse a worker's gradient, whatever the policy would say, since no step follows."""
+    def give_up(self, worker: int, reason: str, *, may_return: bool = True) -> None:
+        """Refuse a worker's gradient as late, whatever the policy would say, since its loop is over.
+
+        Args:
+            worker: Whose it is.
+            reason: What its worker is told.
+            may_return: Whether its samples may come again.
+        """
         self.player.forget(worker)
-        self.refuse(self._pending[worker].arrival, Refusal("late", reason))
+        self.refuse(self._pending[worker].arrival, Refusal("late", reason), may_return=may_return)
 
     # -- restoring ---------------------------------------------------------------------------------
 

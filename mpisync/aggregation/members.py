@@ -48,6 +48,7 @@ class Member:
     served: int = -1  # the newest version that it was let have
     since_s: float = 0.0  # when its computation could begin
     peak_rss_bytes: int = 0  # as it said when it left
+    returns: bool = False  # whether it has left this loop only, and takes part in the next
 
     @property
     def is_alive(self) -> bool:

@@ -28,6 +28,7 @@ from mpisync.aggregation.payloads import PayloadQueue
 from mpisync.aggregation.roster import Roster
 from mpisync.aggregation.running_sum import RunningSum
 from mpisync.aggregation.stalls import StallReport
+from mpisync.aggregation.verdict import LOOP_OVER
 from mpisync.aggregation.work import Gradient
 from mpisync.policies import Arrival, Policy
 from mpisync.records import StepRecord
@@ -105,8 +106,9 @@ class Root:
         self._initial: Gradient | None = None  # of the open step: what its worker's first forward pass initialised
         self._layout, self._segments = layout, layout.arrays(parameters)
         self._stop_asked = False
-        self._last: int | None = None  # the version at which the training ends
-        self._has_ended = False
+        self._last: int | None = None  # the version at which the loop ends
+        self._loops = 0  # that have ended
+        self._is_paused = self._has_ended = False
         self._look_after_s = 0.0
         self._stalls = StallReport(stall_report_s, self.roster.me)
         self.roster.publish(self.collector.player.step.step, parameters)
@@ -182,12 +184,16 @@ class Root:
         times = Counter(at_s for at_s, *_ in heard) if heard else {}
         while heard and not self.collector.player.is_closing:
             at_s, _, header = heard.popleft()
+            member = self.roster.members[header.worker]
             if header.kind != Kind.GRADIENT:
                 self.tell()  # a worker may have left while its gradient was on its way
-                self.answer(self.roster.members[header.worker], header)
-                continue
-            self.register(header, at_s, is_tie=times[at_s] > 1)
-            self.collector.player.judge(header.worker)
+                self.answer(member, header)
+            elif header.loop < self._loops:
+                self.register(header, at_s)
+                self.collector.give_up(header.worker, LOOP_OVER, may_return=False)
+            else:
+                self.register(header, at_s, is_tie=times[at_s] > 1)
+                self.collector.player.judge(header.worker)
         self.tell()
 
     def register(self, header: Header, at_s: float, *, is_tie: bool = False) -> None:
@@ -264,8 +270,6 @@ class Root:
             raise RuntimeError(f"step {closed.step} was published already")
         sums, updated_s, roster = closed.fold(), self.clock(), self.roster
         roster.publish(self.version + 1, self.parameters)
-        if self.version == self._last:
-            self.end("")  # with the last version, so that nobody computes on it
         self._answer_accepted()
         roster.serve_waiting()
         roster.flush()
@@ -281,7 +285,7 @@ class Root:
             updated=sums.finite,
             norms=None if closed.initial is not None else (sums.gradient_squares, sums.sum_squares),
         )
-        if not self._has_ended:  # else no step follows: the last verdicts are given by the farewell
+        if self.version != self._last:  # else no step follows, and the last verdicts are given by whoever ends the loop
             self.collector.player.judge_again()
             self.tell()
         return record
@@ -301,7 +305,7 @@ class Root:
         header = member.pending_header
         if header is None:
             raise RuntimeError(f"worker {member.worker} has no gradient to be judged: the protocol is broken")
-        resume = self.policy.resumes_at(member.worker, header.sequence + 1, self.version)
+        resume = self._resumes_at(member.worker, header.sequence + 1)
         self.payloads.release(member.worker)
         waited_s = self.clock() - gradient.arrival.at_s
         step = self.collector.player.step.step
@@ -329,20 +333,28 @@ class Root:
             self.acknowledge(member, header, batch=collector.late.claim(worker, self._behind(), header.info.batches))
         elif header.kind == Kind.PASS:
             # batches left no gradient: given up as late or at the end, or for reasons of the loop's own
-            may_return = collector.player.would_be_late(header.version) or self._has_ended
+            may_return = collector.player.would_be_late(header.version) or self._is_paused or self._has_ended
             again = collector.pass_over(worker, header.info, may_return=may_return)
             self.acknowledge(member, header, again=again)
         else:
             resume = self.acknowledge(member, header)
-            if header.kind == Kind.READY:
+            if header.kind == Kind.READY and header.loop > self._loops:  # it has left this loop, for the next
+                self.lose(member, State.LEFT)
+                member.returns = True
+            elif header.kind == Kind.READY:
                 self.roster.resume(member, resume)
 
     def acknowledge(self, member: Member, header: Header, **more: Any) -> int:  # noqa: ANN401 (as in Roster.acknowledge)
         """Answer a header on which there is no verdict; return the version of the worker's next computation."""
         step, sequence = self.collector.player.step.step, self.collector.next_sequence(member.worker)
-        resume = self.policy.resumes_at(member.worker, sequence, self.version)
+        resume = self._resumes_at(member.worker, sequence)
         self.roster.acknowledge(member, header, step, resume, **more)
         return resume
+
+    def _resumes_at(self, worker: int, sequence: int) -> int:
+        """Return the version at which a worker's next computation begins; nobody computes on a loop's last."""
+        is_last = self.version == self._last
+        return self.version + 1 if is_last else self.policy.resumes_at(worker, sequence, self.version)
 
     def _behind(self) -> list[int]:
         """Return the workers whose gradients will be late for sure, whatever they do."""
@@ -392,6 +404,20 @@ class Root:
                 self.fail(f"{member.peer} ended, and no worker is left")
 
     # -- ends --------------------------------------------------------------------------------------
+
+    def go_on(self) -> None:
+        """Begin another loop, where one has ended."""
+        if self._is_paused:
+            self._is_paused, self.collector.late.goes_on = False, True
+            self.roster.go_on()
+            self.collector.player.step.alive = self.roster.living
+
+    def pause(self) -> None:
+        """Tell every worker, once, that the loop has ended at the newest version."""
+        if not self._is_paused:
+            self._loops, self._is_paused = self._loops + 1, True
+            self.roster.pause(self._loops)
+            self.roster.flush()
 
     def lose(self, member: Member, state: State) -> None:
         """Expect no further gradient of a worker; an accepted one counts all the same."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.sample_pool import BatchId
-from mpisync.transport.base import End, RootLink
+from mpisync.transport.base import End, Pause, RootLink
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header, Reply, ReplyKind, Status
 
@@ -119,6 +119,23 @@ class Roster:
         for member in self.members:
             if 0 <= member.waits_for <= self.version:
                 self.serve_parameters(member)
+
+    def pause(self, loops: int) -> None:
+        """Tell everyone that a loop, by now `loops` of them, has ended at the newest version."""
+        for link in self.links:
+            link.pause(Pause(loops, self.version))
+
+    def go_on(self) -> None:
+        """Keep the version of the last pause for those who have not taken it, and expect all who take part again."""
+        for link in self.links:
+            link.keep(self.living)
+        for member in self.members:
+            if member.returns and member.state is State.LEFT:
+                member.state, member.returns = State.COMPUTING, False
+
+    def has_unsent(self, workers: Iterable[int]) -> bool:
+        """Say whether parts of a version are still on their way to any of some workers."""
+        return any(self.members[worker].link.has_unsent(worker) for worker in workers)
 
     def end(self, failure: str) -> None:
         """Tell everyone that the training has ended at the newest version, and why if it failed."""

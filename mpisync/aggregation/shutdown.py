@@ -8,6 +8,7 @@ from functools import partial
 
 from mpisync import ending, settings
 from mpisync.aggregation.errors import PeerFailed
+from mpisync.aggregation.loops import give_up, wind_up
 from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
@@ -37,12 +38,7 @@ def farewell(root: Root, *, grace_s: float, stopped_grace_s: float, failure: str
     """
     began_s, roster = root.clock(), root.roster
     root.end(failure)
-    root.abandon()
-    for member in roster.members:
-        if member.pending_header is not None and member.is_alive:
-            _too_late(root, member)
-        elif member.waits_for >= 0 or member.state is State.LEFT:
-            roster.serve_parameters(member)
+    wind_up(root, ENDED)
     while True:
         heard = root.inbox.take()
         while heard:
@@ -63,19 +59,13 @@ def farewell(root: Root, *, grace_s: float, stopped_grace_s: float, failure: str
 def _hear(root: Root, member: Member, header: Header) -> None:
     if header.kind == Kind.GRADIENT:
         root.register(header, root.clock())
-        _too_late(root, member)
+        give_up(root, member, ENDED)
     elif header.kind != Kind.FAIL:
         root.answer(member, header)
     else:  # one failure has ended it already, or it fails after a good end: its own exit tells
         root.acknowledge(member, header)
     if member.state is not State.GONE:
         root.roster.serve_parameters(member)
-
-
-def _too_late(root: Root, member: Member) -> None:
-    root.collector.give_up(member.worker, ENDED)
-    root.tell()
-    root.roster.serve_parameters(member)
 
 
 def failure_of(error: BaseException | None) -> str:

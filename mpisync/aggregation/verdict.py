@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOOP_OVER = "the loop has ended"
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

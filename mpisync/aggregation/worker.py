@@ -12,7 +12,7 @@ import numpy as np
 
 from mpisync.aggregation.errors import PeerFailed
 from mpisync.aggregation.sample_pool import BatchId
-from mpisync.aggregation.verdict import Verdict
+from mpisync.aggregation.verdict import LOOP_OVER, Verdict
 from mpisync.transport.base import End, WorkerLink
 from mpisync.transport.peers import Peer, peak_rss_bytes
 from mpisync.transport.wire import GradientInfo, Header, Kind, Reply, Status
@@ -48,6 +48,7 @@ class Worker:
         self.handed = 0  # samples handed to the loop
         self.again = False  # whether the newest gradient's batches are to be computed on again
         self.ended: End | None = None
+        self.loop = 0  # of the session: the one that this worker is in, or that comes next
         self._me, self._root = peers[rank], peers[-1]
         self._incarnation, self._ordinal = incarnation, 0
         self._stall_report_s = stall_report_s
@@ -63,22 +64,51 @@ class Worker:
             PeerFailed: Another rank failed.
         """
         if self._resume is None or (self.link.newest() >= self._resume and self.link.has_unsent_version()):
-            self._resume = self._ask(Kind.READY).resume
+            reply = self._ask(Kind.READY)
+            self._resume = None if reply is None else reply.resume
         version = self._wait(self._newest_or_end, "the parameters")
-        if self.ended is not None:
+        if version < 0:
             return None
         self.version, self._pulled_s = version, time.monotonic()
         return version
 
     def _newest_or_end(self) -> int | None:
-        if self._ended() is not None:
+        if self.is_over():
             return -1
         newest = self.link.newest()
         return newest if self._resume is not None and newest >= self._resume else None
 
+    def is_over(self) -> bool:
+        """Say whether the loop that this worker is in is over, as it is when the training has ended.
+
+        Raises:
+            PeerFailed: Another rank failed.
+        """
+        return self._ended() is not None or self._is_paused()
+
+    def _is_paused(self) -> bool:
+        pause = self.link.pause()
+        return pause is not None and pause.loops > self.loop
+
+    def take_final(self, target: np.ndarray) -> None:
+        """Copy the parameters at which the loop has ended into `target`, and go on to the next loop."""
+        if self.ended is not None:
+            self.finish()
+            self.read(target)
+        else:
+            self.version = self._wait(lambda: _or_none(self.link.take_final(target)), "the parameters")
+        self.loop, self._resume = self.loop + 1, None
+
+    def sit_out(self) -> None:
+        """Contribute nothing more to the loop, which this worker has left, and wait for its end."""
+        self.loop += 1
+        self._ask(Kind.READY)
+        self.loop -= 1
+        self._wait(lambda: self.is_over() or None, "the end of the loop")
+
     def read(self, target: np.ndarray) -> None:
         """Copy the newest parameters whole into `target`, as many bytes as it has."""
-        self._wait(lambda: self._read(target), "the parameters")
+        self.version = self._wait(lambda: _or_none(self.link.read(target)), "the parameters")
 
     def copy_newest(self, target: np.ndarray) -> int:
         """Copy the newest parameters like `read`, keep `version` as it is, and return theirs."""
@@ -87,13 +117,10 @@ class Worker:
         newest, self.version = self.version, version
         return newest
 
-    def _read(self, target: np.ndarray) -> bool | None:
-        version = self.link.read(target)
-        self.version = version if version >= 0 else self.version
-        return version >= 0 or None
-
     def push(self, info: GradientInfo) -> Verdict:
         """Send the gradient in `link.gradient` and wait for its verdict; `again` then tells if its batches come again.
+
+        Where the loop is over, it is late, and the root may be too busy to say so.
 
         Args:
             info: What is to be known of it; how long it was computed is filled in here.
@@ -106,6 +133,11 @@ class Worker:
         info = GradientInfo._make((*info[:2], compute_s, *info[3:]))
         reply = self._ask(Kind.GRADIENT, info, now_s)
         self.sequence += 1
+        if reply is None:
+            self.again, pause = False, self.link.pause()
+            assert pause is not None  # else there is an answer
+            last = pause.version
+            return Verdict(last, False, max(0, last - self.version), last, LOOP_OVER, time.monotonic() - now_s)
         self._resume, self.again = reply.resume, bool(reply.again)
         return Verdict(
             reply.step,
@@ -117,21 +149,22 @@ class Worker:
         )
 
     def claim(self, batches: int) -> BatchId | None:
-        """Claim the next batch of the pool; None where there is none left.
+        """Claim the next batch of the pool; None where there is none left, or the loop is over.
 
         Args:
             batches: How many an epoch has, by this worker's loader.
         """
         reply = self._ask(Kind.CLAIM, GradientInfo(batches=batches))
-        return None if reply.batch < 0 else BatchId(reply.epoch, reply.batch)
+        return None if reply is None or reply.batch < 0 else BatchId(reply.epoch, reply.batch)
 
     def pass_over(self, *, samples: int, batches: int) -> None:
         """Tell the root that batches left no gradient; `again` then tells whether they come once more."""
-        self.again = bool(self._ask(Kind.PASS, GradientInfo(samples=samples, batches=batches)).again)
+        reply = self._ask(Kind.PASS, GradientInfo(samples=samples, batches=batches))
+        self.again = reply is not None and bool(reply.again)
 
     def is_stale(self) -> bool:
         """Say whether the version being computed on is superseded already."""
-        return self.link.is_behind(self.version) or self.link.end() is not None
+        return self.link.is_behind(self.version) or self.is_over()
 
     def stop(self) -> None:
         """Ask the root to end the training everywhere."""
@@ -193,14 +226,25 @@ class Worker:
             time.monotonic() if stamp_s is None else stamp_s,
             GradientInfo() if info is None else info,
             peak_rss_bytes() if is_last else 0,
+            self.loop,
             text,
         )
         self.link.send(header)
         return self._ordinal
 
-    def _ask(self, kind: Kind, info: GradientInfo | None = None, stamp_s: float | None = None) -> Reply:
+    def _ask(self, kind: Kind, info: GradientInfo | None = None, stamp_s: float | None = None) -> Reply | None:
+        """Send a header and return its answer; None where the loop is over: the root may come back to it much later."""
         ordinal = self._send(kind, info, stamp_s)
-        return self._wait(lambda: self.link.reply(ordinal), "the root's reply")
+        answers: list[Reply] = []
+
+        def is_settled() -> bool | None:
+            over = self._is_paused()  # first: what was answered before the end counts
+            if (reply := self.link.reply(ordinal)) is not None:
+                answers.append(reply)
+            return bool(answers) or over or None
+
+        self._wait(is_settled, "the root's reply")
+        return answers[0] if answers else None
 
     def _ended(self) -> End | None:
         """Return the training's end, once the root has told it; raise PeerFailed at once where it is a failure."""
@@ -247,3 +291,7 @@ class Worker:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _or_none(version: int) -> int | None:
+    return None if version < 0 else version

@@ -110,16 +110,17 @@ class OwnIterable:
         self._loader = loader
         self._worker = worker
         self._seed = seed
-        self._once = isinstance(loader, Iterator)
+        self._once, self._is_used = isinstance(loader, Iterator), False
 
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
         """Yield what the iterable gives, telling its samplers about the epoch first."""
-        if epoch and self._once:
+        if self._is_used and self._once:
             raise ValueError(
                 f"the data ended at batch {sequence} and can be iterated only once "
                 f"({type(self._loader).__name__}): pass a DataLoader, a list, or an object whose "
                 "__iter__ starts again, or ask for fewer steps"
             )
+        self._is_used = True
         _tell_epoch(self._loader, epoch)
         seed_everything(self._seed, self._worker, sequence, Stream.LOADER)
         batches = iter(self._loader)
@@ -218,6 +219,7 @@ class Batches:
         start: Sequence of the first batch to hand out.
         skip: How many batches come before it in the data; `start` unless given. A loader that
             cannot be entered in the middle draws and drops so many.
+        epoch: The number of the data's first epoch.
 
     Attributes:
         data_s: Seconds that the caller waited for the newest batch.
@@ -236,11 +238,13 @@ class Batches:
         claim: ClaimBatch | None = None,
         start: int = 0,
         skip: int | None = None,
+        epoch: int = 0,
     ) -> None:
         if claim is not None:
             self._drawn = _draw_claimed(pooled(loader, worker, seed, claim), start)
         else:
-            self._drawn = _draw(shard(loader, worker, workers, seed), start, start if skip is None else skip)
+            source = shard(loader, worker, workers, seed)
+            self._drawn = _draw(source, start, start if skip is None else skip, epoch)
         self._worker = worker
         self._seed = seed
         self.data_s = 0.0
@@ -268,11 +272,14 @@ class Batches:
 
 # Not a method: a generator that holds its Batches would make a cycle, and the loader's processes
 # would live on until a garbage collection finds it.
-def _draw(source: Source, start: int, skip: int) -> Generator[tuple[Any, int], None, None]:
-    """Yield batch after batch, each with its sequence, from `start`, the `skip`-th of the data."""
+def _draw(source: Source, start: int, skip: int, before: int) -> Generator[tuple[Any, int], None, None]:
+    """Yield batch after batch, each with its sequence, from `start`, the `skip`-th of the data.
+
+    There were `before` epochs of other data.
+    """
     first, offset = divmod(skip, source.length) if source.length else (0, 0)
     sequence = start - offset if source.length else start - skip
-    for epoch in itertools.count(first):
+    for epoch in itertools.count(before + first):
         began = sequence + offset
         batches = source.epoch(epoch, sequence, offset)
         sequence = began

@@ -28,12 +28,13 @@ class RetriedBatches:
         seed: The run's.
 
     Attributes:
+        batches: As given.
         data_s: Seconds that the caller waited for the newest batch.
         batch_samples: Samples in the newest batch.
     """
 
     def __init__(self, batches: Batches, *, worker: int, seed: int) -> None:
-        self._batches, self._worker, self._seed = batches, worker, seed
+        self.batches, self._worker, self._seed = batches, worker, seed
         self._handed: list[_Handed] = []  # since the last gradient
         self._next: list[_Handed] = []
         self.data_s = 0.0
@@ -48,8 +49,8 @@ class RetriedBatches:
             self.data_s, self.batch_samples = 0.0, handed.samples
             seed_everything(self._seed, self._worker, handed.sequence, Stream.LOOP)
         else:
-            batch, sequence = next(self._batches)
-            self.data_s, self.batch_samples = self._batches.data_s, self._batches.batch_samples
+            batch, sequence = next(self.batches)
+            self.data_s, self.batch_samples = self.batches.data_s, self.batches.batch_samples
             handed = _Handed(batch, sequence, self.batch_samples)
         self._handed.append(handed._replace(batch=_copied(handed.batch)))
         return handed.batch, handed.sequence
@@ -59,10 +60,6 @@ class RetriedBatches:
         if again:
             self._next = [*self._handed, *self._next]
         self._handed = []
-
-    def close(self) -> None:
-        """Let the loader go."""
-        self._batches.close()
 
 
 def _copied(batch: Any) -> Any:  # noqa: ANN401 (a batch is whatever the loader yields)

@@ -54,9 +54,12 @@ class Binding:
         if self.is_detached:
             return
         with ordinary_mode(), torch.no_grad():
-            self._shown = self._copy()
-            self._flat.detach(self._shown)
-        self.is_detached = True
+            self.show(self._copy())
+
+    def show(self, values: Sequence[Tensor]) -> None:
+        """Give the parameters these tensors, which nobody else has."""
+        self._flat.detach(values)
+        self._shown, self.is_detached = values, True
 
     def check_memory(self) -> None:
         """Raise RuntimeError where a parameter was given other memory; another parameter is looked at each time."""
@@ -78,7 +81,7 @@ class Binding:
 
 def _equal(name: str, one: Tensor, other: Tensor) -> bool:
     """Say whether two tensors have the same bits: a NaN equals itself, and 0 is not -0."""
-    if one.shape != other.shape or one.dtype is not other.dtype:
+    if one.shape != other.shape or one.dtype is not other.dtype or one.device != other.device:
         raise RuntimeError(_moved(name))
     bits = _BITS[one.itemsize]
     return torch.equal(one.view(bits), other.view(bits))

@@ -48,9 +48,13 @@ class CarriedGradient:
     def judged(self, version: int, samples: int, *, is_late: bool, carries: bool) -> None:
         """Keep the gradient that was sent if it was late, and finite."""
         if not is_late:
-            self._kept = []
+            self.drop()
             return
         self._oldest = self._oldest if carries else version
         self._samples = samples
         self._kept = [segment.clone() for segment in self._gradient.segments]
         self._kept_presence[:] = self._presence
+
+    def drop(self) -> None:
+        """Carry nothing into the next gradient."""
+        self._kept = []

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mpisync.model.signature import describe, plain_name
+from mpisync.model.tensor_layout import flat_bytes
 from mpisync.transport.layout import aligned
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -112,6 +113,11 @@ class PackedTensors:
             self._loaded = views
             with torch.no_grad():
                 torch._foreach_copy_(self._current(views), views)
+
+    def changed(self, views: list[Tensor]) -> list[str]:
+        """Return the names of the module's tensors that are not, to the bit, what `views` shows."""
+        pairs = zip(self._items, self._current(views), views, strict=True)
+        return [item.name for item, now, view in pairs if not np.array_equal(flat_bytes(now), flat_bytes(view))]
 
     def _current(self, published: list[Tensor]) -> list[Tensor]:
         """Return the module's present tensors; for a cache that is this rank's own, what was published."""

@@ -39,6 +39,10 @@ _TWO_LOOPS = (
     "these two would wait for each other for ever: go through session.batches of one, then of the other; or train both "
     "models in one session, as the parts of one nn.ModuleDict with one optimizer"
 )
+_NESTED = (
+    "session.batches was called inside the loop of another call, and a session has one loop at a time: let it come to "
+    "its end, or leave it by `break` (and call close() of its iterator, where that is kept in a variable)"
+)
 _NEVER_BEGUN = (
     "session.batches was called and never gone through, so nothing was trained: write `for batch in "
     "session.batches(loader, ...)`"
@@ -73,6 +77,8 @@ class DrawWatch:
 
     Attributes:
         is_watching: Whether there was no step yet; without it nothing needs to be noted.
+        has_begun: Whether a batch was asked for.
+        has_ended: Whether no further one will come.
     """
 
     def __init__(self, comm: MPI.Intracomm, model: nn.Module) -> None:
@@ -81,7 +87,7 @@ class DrawWatch:
         self._drawn = 0
         self._passed: list[_Passed] = []
         self.is_watching = True
-        self.has_begun = False
+        self.has_begun = self.has_ended = False
         self.misuse = ""  # by another thread
         root = comm.group.Translate_ranks([comm.size - 1], MPI.COMM_WORLD.group)[0]
         self.root = root if comm.size > 1 else None
@@ -116,6 +122,7 @@ class DrawWatch:
 
     def end(self) -> None:
         """Take note that the loop is at its end, or its session is."""
+        self.has_ended = True
         _open.discard(self)
 
     def problem(self, error: BaseException | None) -> RuntimeError | None:
@@ -166,6 +173,11 @@ class SessionLoop(Iterator[Any]):
         if self._thread == threading.main_thread().ident:
             signal.pthread_kill(self._thread, signal.SIGINT)
         raise RuntimeError(_OTHER_THREAD)
+
+    def refuse_another(self) -> None:
+        """Raise RuntimeError if this loop is not at its end, since another is asked for."""
+        if self._watch.has_begun and not self._watch.has_ended:
+            raise RuntimeError(_NESTED)
 
     def close(self) -> None:
         """Leave the loop."""

@@ -28,9 +28,15 @@ class LoopOptions:
     epochs: int | None
     resume: Mapping[str, Any] | None
 
-    def check(self, late: LateWork, seed: int) -> None:
-        """Raise TypeError or ValueError for options that no loop can have."""
+    def check(self, late: LateWork, seed: int, *, is_first: bool) -> None:
+        """Raise TypeError, ValueError or RuntimeError for options that this loop cannot have."""
         on_late, pools = str(late), isinstance(late, Requeue)
+        if not is_first and (pools or self.resume is not None):
+            what = "resume= belongs to its first loop" if self.resume is not None else (
+                "under on_late='requeue' it has one, whose pool deals out all epochs: give epochs= of them together, "
+                "and do what came between them in the loop (session.evaluate(fn, every=)) or in on_step="
+            )
+            raise RuntimeError(f"session.batches was called before in this session: {what}")
         if self.epochs is not None and not pools:
             raise ValueError(
                 f"epochs are counted under on_late='requeue' only, where each sample is used once in each, but on_late "

@@ -33,9 +33,15 @@ class LoopGuards:
         self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
         self._renorm = RenormTrap(model)
 
-    def begin(self) -> None:
-        """Check the model as it is when the loop begins."""
+    def begin(self, *, is_first: bool) -> None:
+        """Check the model as it is when a loop begins.
+
+        Args:
+            is_first: Whether there was none before; else the optimizer may have been set anew since then.
+        """
         self._structure.examine()
+        if not is_first:
+            self._groups.reset()
 
     def check(self, *, has_gradient: bool) -> None:
         """Check what the loop has done since the last step.

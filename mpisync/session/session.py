@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -128,7 +129,8 @@ class Session:
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
         self._role: Role | None = None
-        self._draws: DrawWatch | None = None
+        self._draws: DrawWatch | None = None  # of the newest loop
+        self._loop: weakref.ref[SessionLoop] | None = None
         self._evaluated = 0
         self.average: dict[str, Any] | None = None
 
@@ -184,16 +186,21 @@ class Session:
         epochs: int | None = None,
         resume: Mapping[str, Any] | None = None,
     ) -> Iterator[Any]:
-        """Yield this worker's batches until the parameters have had `steps` updates, or the samples are used up.
+        """Yield this worker's batches until the parameters have had `steps` more updates, or the samples are used up.
 
         The loader is shared out among the workers and gone through again and again; on the root
         nothing is yielded. `step` follows each batch, or each few: gradients accumulate in between,
-        as everywhere in torch. Leaving the loop early means that this worker leaves.
+        as everywhere in torch. Leaving the loop early means that this worker leaves it.
+
+        Several loops may follow one another, as epochs do: each goes on in the data where the one before it ended, and
+        all ranks leave each at the same version. Between two of them every rank has the parameters for itself, to
+        look at, and may evaluate, save, or use collectives; what the root's optimizer is set to there holds. Who is
+        late at a loop's end holds up nobody, and comes to what follows when it can.
 
         Args:
             loader: A DataLoader, a list of batches, or any iterable of batches. A sampler of your
                 own, and an iterable other than a list, are taken as they are.
-            steps: How many versions to make; without it and `epochs`, until `stop`.
+            steps: How many versions this loop makes; without it and `epochs`, until `stop`.
             epochs: How many times every sample is used; under ``on_late="requeue"`` only. The last updates may take
                 fewer gradients than others, where samples run out.
             resume: ``state_dict()["samples"]`` of an earlier run's root: go on at its place in the data, with its
@@ -201,24 +208,24 @@ class Session:
                 versions count from 0.
 
         Raises:
-            RuntimeError: This is a second loop; it draws batches ahead of their steps, or in another thread; another
-                session's loop is open; at the end of the `with`: the root had none.
+            RuntimeError: The loop before it is still open; it draws batches ahead of their steps, or in another thread;
+                another session's loop is open; parameters were written to between two loops; at the end of the `with`:
+                the root had none.
             PeerFailed: Another rank failed.
         """
-        if self._draws is not None:
-            raise RuntimeError(
-                "session.batches can be gone through once a session: give it the steps of all epochs together, and do "
-                "what came between them in the loop (session.version, session.evaluate(fn, every=)) or in on_step="
-            )
+        if self._loop is not None and (open_loop := self._loop()) is not None:
+            open_loop.refuse_another()
         steps = None if steps is None else whole("steps", steps, 0)
         epochs = None if epochs is None else whole("epochs", epochs, 0)
         loop = LoopOptions(steps, epochs, resume)
-        loop.check(self._options.on_late, self._options.seed)
+        loop.check(self._options.on_late, self._options.seed, is_first=self._draws is None)
         for parameter in self._model.parameters():
             parameter.grad = None  # what was computed before is no batch's
         drawn = self._active.batches(loader, loop)
         self._draws = DrawWatch(self._comm, self._model)
-        return SessionLoop(drawn, self._draws)
+        batches = SessionLoop(drawn, self._draws)
+        self._loop = weakref.ref(batches)
+        return batches
 
     def step(
         self, loss: Tensor | float | None = None, *, samples: int | None = None, cost: float | None = None
@@ -263,7 +270,7 @@ class Session:
         return self._active.stale()
 
     def stop(self) -> None:
-        """End the training on every rank, before another step closes."""
+        """End the training on every rank, before another step closes: this loop, and all that follow it."""
         self._active.stop()
 
     # -- looking -----------------------------------------------------------------------------------

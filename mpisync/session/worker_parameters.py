@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +19,12 @@ from mpisync.model.binding import Binding
 from mpisync.model.guards import REMEDY, FrozenWatch, WriteWatch
 from mpisync.model.write_sample import MemorySample
 from mpisync.session.distributed_model import DistributedModel
+
+_IN_LOOP = (
+    "on a worker (by p.data, .numpy() or the like, which torch does not count; MPISYNC_READ_ONLY=1 shows the line, "
+    "where memory is shared)"
+)
+BETWEEN_LOOPS = "between two loops of the session, where it does not last"
 
 
 class WorkerParameters:
@@ -60,19 +67,27 @@ class WorkerParameters:
         self._writes = WriteWatch(zip(flat.names, flat.parameters, strict=True), REMEDY)
         self._frozen = FrozenWatch(flat.frozen)
         self._version = -1  # the one shown last
+        self._is_paused = False  # since a loop ended: the parameters are the script's until the next begins
         self._sample = None if self._is_overwritten or own_copy else MemorySample(self.memory)
 
-    def check_before(self) -> None:
-        """Raise RuntimeError if parameters were written to before the first version, which replaces them."""
-        self._writes.check()
-        self._binding.check_memory()
+    def begin(self) -> None:
+        """Raise RuntimeError if parameters were written to before the loop, whose first version replaces them."""
+        self._frozen.check()
+        if self._version < 0:
+            self._writes.check()
+            self._binding.check_memory()
+        elif not self._own_copy:
+            self._binding.check_memory()
+            self._refuse(self._written() or [], BETWEEN_LOOPS)
+            self._writes.reset()  # what was written may have been put back
 
-    def take(self, *, ended: bool) -> bool:
+    def take(self, *, ended: bool = False) -> bool:
         """Show the newest version, and return whether it was whole.
 
         Args:
-            ended: Whether it is the last.
+            ended: Whether it is the last of all.
         """
+        self._is_paused = False
         if self._reads:
             self._worker.read(self.memory)
         # a late step leaves no trace: these are the published ones, whatever ours have become
@@ -157,12 +172,9 @@ class WorkerParameters:
             self._disarm()
             self._at_gradient = self._binding.written()
 
-    def _refuse(self, names: list[str]) -> None:
+    def _refuse(self, names: list[str], where: str = _IN_LOOP) -> None:
         if names:
-            raise RuntimeError(
-                f"parameter {names[0]!r} was written to on a worker (by p.data, .numpy() or the like, which torch does "
-                f"not count; MPISYNC_READ_ONLY=1 shows the line, where memory is shared): {REMEDY}"
-            )
+            raise RuntimeError(f"parameter {names[0]!r} was written to {where}: {REMEDY}")
 
     def _copies(self) -> list[Tensor]:
         """Return copies of the parameters, all of the version computed on; of the newest where that is overwritten."""
@@ -175,6 +187,18 @@ class WorkerParameters:
             self._flat.buffers.load(self._flat.buffers.views(self._distributed.participant.published.extras(memory)))
         return copies
 
+    def pause(self) -> None:
+        """Make the parameters and buffers private, at the version at which the loop has ended."""
+        self._disarm()
+        memory = self._distributed.participant.memory.allocate(self._distributed.participant.published.size_bytes)
+        self._worker.take_final(memory)
+        self._binding.show([view.clone() for view in self._distributed.parameters(memory).tensors])
+        self._flat.buffers.load(self._flat.buffers.views(self._distributed.participant.published.extras(memory)))
+        if self._reads:
+            np.copyto(self.memory, memory)
+        self._writes.reset()
+        self._version, self._is_paused = self._worker.version, True
+
     def end(self, *, final: bool) -> None:
         """Make the parameters private, with the final version if it is there.
 
@@ -182,6 +206,6 @@ class WorkerParameters:
             final: Whether the training has ended well; else they keep what they show.
         """
         self._disarm()
-        if final:
+        if final and not (self._is_paused and self._worker.version == self._version):
             self.take(ended=True)
         self._binding.end()

@@ -11,6 +11,7 @@ Transports differ in how headers, gradients, replies and parameters travel. Who 
 from __future__ import annotations
 
 import abc
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,14 @@ class End:
 
     version: int
     failure: str = ""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The end of one of the session's loops: how many have ended by now, and at which version the last of them did."""
+
+    loops: int
+    version: int
 
 
 class GradientFetcher(abc.ABC):
@@ -104,6 +113,23 @@ class RootLink(abc.ABC):
         """
 
     @abc.abstractmethod
+    def pause(self, pause: Pause) -> None:
+        """Say that a loop is over, at the newest version, which a worker that comes late is to find all the same."""
+
+    def has_unsent(self, worker: int) -> bool:
+        """Say whether parts of a version are still on their way to `worker`.
+
+        Never where all can read what was published.
+        """
+        return False
+
+    def keep(self, living: Collection[int]) -> None:  # noqa: B027 (nothing, by default)
+        """Keep the version of the last pause for those of `living` who have not taken it: the next is about to begin.
+
+        Nothing to do where it was sent.
+        """
+
+    @abc.abstractmethod
     def end(self, end: End) -> None:
         """Say that the training is over."""
 
@@ -175,6 +201,17 @@ class WorkerLink(abc.ABC):
     @abc.abstractmethod
     def end(self) -> End | None:
         """Return how the training ended, once it has."""
+
+    @abc.abstractmethod
+    def pause(self) -> Pause | None:
+        """Return the newest end of a loop; None before there is one."""
+
+    @abc.abstractmethod
+    def take_final(self, target: np.ndarray) -> int:
+        """Copy the version of the newest pause, `target.size` bytes, and return its number; -1 means: try again.
+
+        Where that is not kept, for a worker that is more than a loop late, it is the newest that can be had.
+        """
 
     @abc.abstractmethod
     def wait(self, timeout_s: float) -> None:

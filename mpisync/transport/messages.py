@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from mpisync.transport import communicators
 from mpisync.transport.backoff import LONGEST_S, Backoff
-from mpisync.transport.base import End, RootLink, WorkerLink
+from mpisync.transport.base import End, Pause, RootLink, WorkerLink
 from mpisync.transport.fetching import WINDOW, BlockFetcher
 from mpisync.transport.headers import HeaderReceiver
 from mpisync.transport.layout import Block, Layout
@@ -39,6 +39,7 @@ class Outgoing:
         self.snapshot: list[np.ndarray] = []
         self.next = 0
         self.is_told = True  # that there is a newer version than the one it computes on
+        self.is_final = False  # whether it is the last version of a loop, sent unasked
         self.sends: deque[tuple[MPI.Request, object]] = deque()
 
 
@@ -126,13 +127,14 @@ class MessageRootLink(RootLink):
             views = (self._published.view(self._parameters, b) for b in self._published.blocks)
             self._snapshot = [view.view(np.uint8).copy() for view in views]
         outgoing.version, outgoing.snapshot, outgoing.next = self._version, self._snapshot, 0
+        outgoing.is_final = False
         self._send_blocks(worker, outgoing)
 
-    def _send_blocks(self, worker: int, outgoing: Outgoing) -> None:
+    def _send_blocks(self, worker: int, outgoing: Outgoing, window: int = WINDOW) -> None:
         while outgoing.sends and outgoing.sends[0][0].Test():
             outgoing.sends.popleft()
             self._backoff.reset()
-        while outgoing.snapshot and len(outgoing.sends) < WINDOW:
+        while outgoing.snapshot and len(outgoing.sends) < window:
             index, block = outgoing.next, outgoing.snapshot[outgoing.next]
             self._sender.send(
                 worker, Reply(self._incarnation, ReplyKind.BLOCK, newest=outgoing.version, first=index)
@@ -143,6 +145,24 @@ class MessageRootLink(RootLink):
             if outgoing.next == len(outgoing.snapshot):
                 self._sender.send(worker, Reply(self._incarnation, ReplyKind.PUBLISHED, newest=outgoing.version))
                 outgoing.snapshot = []
+
+    def pause(self, pause: Pause) -> None:
+        """Send everyone the last version of the loop, unasked: the root may not come by here again for long."""
+        for worker in list(self._receiver.open):
+            outgoing = self._outgoing[worker]
+            self._send_blocks(worker, outgoing)
+            if not (outgoing.is_final and outgoing.sends):  # else it is more than a loop late, and has one to come
+                self.serve(worker)
+                self._send_blocks(worker, outgoing, window=len(outgoing.sends) + len(outgoing.snapshot))
+                outgoing.is_final = True
+            self._sender.send(
+                worker, Reply(self._incarnation, ReplyKind.PAUSE, newest=pause.version, first=pause.loops)
+            )
+
+    def has_unsent(self, worker: int) -> bool:
+        """Say whether parts of a version are still on their way."""
+        outgoing = self._outgoing[worker]
+        return bool(outgoing.sends or outgoing.snapshot)
 
     def end(self, end: End) -> None:
         """Tell every worker that the training is over."""
@@ -189,7 +209,9 @@ class MessageWorkerLink(WorkerLink):
         self._receives: deque[MPI.Request] = deque()
         self._replies: dict[int, Reply] = {}
         self._newest, self._coming, self._announced_version = -1, -1, -1
+        self._held: deque[Reply] = deque()  # of a version that was sent unasked, until the worker wants it
         self._end: End | None = None
+        self._pause: Pause | None = None
         self._backoff = Backoff()
         self._inbox = bytearray(REPLY_BYTES)
         self._listen = comm.Recv_init([self._inbox, MPI.BYTE], source=root, tag=Tag.REPLY)
@@ -205,12 +227,24 @@ class MessageWorkerLink(WorkerLink):
         request = self._comm.Isend([buffer, MPI.BYTE], dest=self._root, tag=Tag.HEADER)
         self._sends.append((request, buffer))
 
-    def _poll(self) -> None:
+    def _poll(self, *, receives: bool = False) -> None:
+        """Hear what the root has said.
+
+        Args:
+            receives: Whether the parameters may be overwritten by a version that is coming.
+        """
+        while receives and self._held:
+            self._take(self._held.popleft())
         while self._listen.Test():
             reply = Reply.unpack(self._inbox)
             self._listen.Start()
             self._backoff.reset()
-            self._hear(reply)
+            if reply.kind not in (ReplyKind.BLOCK, ReplyKind.PUBLISHED):
+                self._hear(reply)
+            elif receives:
+                self._take(reply)
+            else:
+                self._held.append(reply)
         while self._sends and self._sends[0][0].Test():
             self._sends.popleft()
         while self._receives and self._receives[0].Test():
@@ -230,27 +264,33 @@ class MessageWorkerLink(WorkerLink):
                     [block.view(np.uint8), MPI.BYTE], dest=self._root, tag=Tag.GRADIENT_BLOCK
                 )
                 self._sends.append((request, block))
-        elif reply.kind == ReplyKind.BLOCK:
-            target = self._targets[reply.first]
-            self._receives.append(
-                self._comm.Irecv([target, MPI.BYTE], source=self._root, tag=Tag.PARAMETER_BLOCK)
-            )
-            self._newest = self._coming = -1
-        elif reply.kind == ReplyKind.PUBLISHED:
-            self._coming = reply.newest
         elif reply.kind == ReplyKind.BEHIND:
             self._announced_version = reply.newest
+        elif reply.kind == ReplyKind.PAUSE:
+            self._pause = Pause(reply.first, reply.newest)
         else:
             self._end = End(reply.newest, reply.text)
+
+    def _take(self, reply: Reply) -> None:
+        """Receive a block of a version, or take note that there are no more."""
+        if reply.kind == ReplyKind.PUBLISHED:
+            self._coming = reply.newest
+            return
+        target = self._targets[reply.first]
+        self._receives.append(self._comm.Irecv([target, MPI.BYTE], source=self._root, tag=Tag.PARAMETER_BLOCK))
+        self._newest = self._coming = -1
 
     def reply(self, ordinal: int) -> Reply | None:
         """Return the answer, once it has come."""
         self._poll()
-        return self._replies.pop(ordinal, None)
+        reply = self._replies.pop(ordinal, None)
+        if reply is not None:
+            self._replies.clear()  # answers to earlier headers, which nobody waited for
+        return reply
 
     def newest(self) -> int:
         """Return the version that has been received whole."""
-        self._poll()
+        self._poll(receives=True)
         return self._newest
 
     def is_behind(self, version: int) -> bool:
@@ -274,6 +314,15 @@ class MessageWorkerLink(WorkerLink):
         """Return how the training ended, once the root has said so."""
         self._poll()
         return self._end
+
+    def pause(self) -> Pause | None:
+        """Return the newest end of a loop that the root has told of."""
+        self._poll()
+        return self._pause
+
+    def take_final(self, target: np.ndarray) -> int:
+        """Copy the version that was sent before the pause was told."""
+        return self.read(target)
 
     def wait(self, timeout_s: float) -> None:
         """Sleep a little, longer while nothing comes."""

@@ -6,6 +6,9 @@ board that one side polls are written with release and read with acquire; the pa
     SEQUENCES[r]  root: `begin`, `publish`     worker: `newest`, `is_behind`, `read`   (a seqlock around buffer r)
     NEWEST        root: `publish`              worker: `newest`
     STATE         root: `end`                  worker: `end`
+    LOOPS         root: `pause`                worker: `pause`
+    KEPT          root: `keep`                 worker: `take_final`
+    taken         worker: `take_final`         root: `keep`
     answered      root: `reply`                worker: `reply`
     BELL          worker: `send`, an atomic add for every header        root: `headers`, `wait`
     WAKE_AT       root: `wait`, the ring to be woken at                 worker: `send`
@@ -24,13 +27,14 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Collection
 
 import numpy as np
 from mpi4py import MPI
 
 from mpisync.kernels.atomics import fence, fetch_add, load_acquire, store_release
 from mpisync.transport import communicators
-from mpisync.transport.base import End, RootLink, WorkerLink
+from mpisync.transport.base import End, Pause, RootLink, WorkerLink
 from mpisync.transport.headers import HeaderReceiver
 from mpisync.transport.layout import Block, Layout, aligned
 from mpisync.transport.memory import HostMemory
@@ -39,6 +43,8 @@ from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Repl
 
 _PAGE = 4096
 _NEWEST, _STATE, _FINAL, _SEQUENCES = 0, 8, 16, 24  # int64 words, on cache lines of their own
+_LOOPS, _PAUSED, _KEPT = 32, 33, 34  # int64 words, rarely written
+_ADDRESS, _ADDRESS_BYTES = 2304, 512  # of the memory that keeps a loop's last version
 _BELL, _NEWS, _WAKE, _WAKE_AT = 512, 528, 544, 560  # uint32 words, likewise
 _FAILURE, _FAILURE_BYTES = 3072, 1024
 _LINE_BYTES = 64 + aligned(REPLY_BYTES)
@@ -58,7 +64,8 @@ class Board:
         self.bells = raw[:_PAGE].view(np.uint32)
         self.failure = raw[_FAILURE : _FAILURE + _FAILURE_BYTES]
         self.lines = raw[_PAGE : _PAGE + workers * _LINE_BYTES].reshape(workers, _LINE_BYTES)
-        self.answered = self.lines.view(np.int64)[:, 0]
+        self.answered, self.taken = self.lines.view(np.int64)[:, 0], self.lines.view(np.int64)[:, 1]
+        self.address = raw[_ADDRESS : _ADDRESS + _ADDRESS_BYTES]
         start, size = aligned(_PAGE + workers * _LINE_BYTES, _PAGE), published.size_bytes
         stride = aligned(size, _PAGE)
         self.parameters = [raw[start + i * stride :][:size] for i in range(buffers)]
@@ -110,6 +117,9 @@ class SharedRootLink(RootLink):
         self._missed = -1  # the ring after which MPI was looked into and showed too few headers
         self._idle_s = _SPIN_S
         self._told = True
+        self._version = -1
+        self._pause: Pause | None = None  # since the last `keep`
+        self._kept: SharedMemory | None = None
 
     def home(self) -> np.ndarray | None:
         """Return the board's parameters where they are kept once; else None."""
@@ -154,8 +164,42 @@ class SharedRootLink(RootLink):
             self._reducer.copy(parameters, target)
         store_release(self.board.words, _SEQUENCES + index, 2 * version)
         store_release(self.board.words, _NEWEST, version)
+        self._version = version
         self._told = False
         self._is_due = True  # who rang before may be late now, and could not know
+
+    def pause(self, pause: Pause) -> None:
+        """Write at which version, then how many loops are over: workers read that version where it is."""
+        self._pause = pause
+        self.board.words[_PAUSED] = pause.version
+        store_release(self.board.words, _LOOPS, pause.loops)
+        self._told = False
+
+    def keep(self, living: Collection[int]) -> None:
+        """Copy the version of the last pause to memory of its own, if anyone still needs it; else drop the one before.
+
+        KEPT tells of which pause it is; negative where there is none, for want of memory or of need. Whoever is late
+        then gets a newer version.
+        """
+        if self._pause is None:
+            return
+        loops, self._pause, source = self._pause.loops, None, self.board.parameters[self._version % self.board.buffers]
+        late = [w for w in self.workers if w in living and load_acquire(self.board.taken, w) < loops]
+        store_release(self.board.words, _KEPT, -loops)
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+        if not late or self.board.memory.is_file:  # a file would outlive this process, if that were killed
+            return
+        try:
+            self._kept = SharedMemory.create(source.nbytes)
+        except OSError:
+            return
+        self._reducer.copy(source, self._kept.bytes)
+        text = self._kept.address.encode()
+        self.board.address[:] = 0
+        self.board.address[: len(text)] = np.frombuffer(text, np.uint8)
+        store_release(self.board.words, _KEPT, loops)
 
     def end(self, end: End) -> None:
         """Write why the training ended, then the state."""
@@ -192,8 +236,7 @@ class SharedRootLink(RootLink):
     def close(self) -> None:
         """Give back the receives and the memory."""
         self._receiver.close()
-        self.board.memory.close()
-        for memory in self._slots.values():
+        for memory in (self.board.memory, *self._slots.values(), *([self._kept] if self._kept else [])):
             memory.close()
         # pages go with the last array that looks into them, and others may know this link for longer
         del self.board, self._slots, self._news, self._wake
@@ -286,6 +329,41 @@ class SharedWorkerLink(WorkerLink):
             return None
         text = self._board.failure.tobytes().split(b"\0", 1)[0].decode(errors="replace")
         return End(int(self._board.words[_FINAL]), text)
+
+    def pause(self) -> Pause | None:
+        """Read how many loops are over, and at which version the last of them was."""
+        while loops := load_acquire(self._board.words, _LOOPS):
+            pause = Pause(loops, int(self._board.words[_PAUSED]))
+            fence()
+            if load_acquire(self._board.words, _LOOPS) == loops:
+                return pause
+        return None
+
+    def take_final(self, target: np.ndarray) -> int:
+        """Copy the version from where it was published, or from where it is kept since."""
+        pause = self.pause()
+        assert pause is not None  # else nobody asks
+        version = self.read(target)
+        if version != pause.version:
+            kept = load_acquire(self._board.words, _KEPT)
+            if kept == pause.loops:
+                version = pause.version if self._read_kept(target, kept) else -1
+            elif kept != -pause.loops:  # it is about to be
+                version = -1
+        if version >= 0:
+            store_release(self._board.taken, self._worker, pause.loops)
+        return version
+
+    def _read_kept(self, target: np.ndarray, kept: int) -> bool:
+        address = self._board.address.tobytes().split(b"\0", 1)[0].decode()
+        try:
+            memory = SharedMemory.attach(address)
+        except OSError:  # another pause has come
+            return False
+        np.copyto(target, memory.bytes[: target.size])
+        memory.close()
+        fence()
+        return load_acquire(self._board.words, _KEPT) == kept
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until the root has written something since the last look."""

@@ -26,13 +26,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class SharedMemory:
     """A run of zeroed bytes that other processes of this user can map by its `address`.
 
+    Attributes:
+        bytes: uint8.
+        address: Text.
+        is_file: Whether this process made it as a file in /dev/shm.
+
     Raises:
         OSError: The memory cannot be had (the message says how much is free) or mapped.
     """
 
     def __init__(self, fd: int, size_bytes: int, address: str, path: str | None) -> None:
         self._fd = fd
-        self._path = path
+        self._path, self.is_file = path, path is not None
         self._map = mmap.mmap(fd, size_bytes + _NONCE_BYTES, mmap.MAP_SHARED)
         self.address = address
         self.bytes = np.frombuffer(self._map, np.uint8)[_NONCE_BYTES:]

@@ -44,6 +44,7 @@ class ReplyKind(enum.IntEnum):
     PUBLISHED = 4  # every block of version `newest` has been sent
     BEHIND = 5  # there is a newer version than the one this worker computes on
     END = 6  # the training has ended (text empty) or failed (text says why)
+    PAUSE = 7  # loop number `first` of the session is over, at version `newest`, which has been sent
 
 
 class Status(enum.IntEnum):
@@ -56,7 +57,7 @@ class Status(enum.IntEnum):
 
 
 TEXT_BYTES = 1000  # enough for an error's whole sentence, so that every rank reads what to do
-_HEADER = struct.Struct(f"<QB3xiqqqqdqdddQdiidiq{TEXT_BYTES}s")
+_HEADER = struct.Struct(f"<QB3xiqqqqdqdddQdiidiqq{TEXT_BYTES}s")
 _REPLY = struct.Struct(f"<QBBHiqqqqqdiiqq{TEXT_BYTES}s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
@@ -95,18 +96,19 @@ class Header(NamedTuple):
     stamp_s: float  # CLOCK_MONOTONIC when the gradient was complete
     info: GradientInfo = _NO_GRADIENT
     peak_rss_bytes: int = 0
+    loop: int = 0  # of the session, from 0
     text: str = ""
 
     def pack_into(self, buffer: bytearray | memoryview) -> None:
         """Write the struct at the start of `buffer`."""
-        _HEADER.pack_into(buffer, 0, *self[:_INFO_AT], *self.info, self.peak_rss_bytes, clip_text(self.text))
+        _HEADER.pack_into(buffer, 0, *self[:_INFO_AT], *self.info, self.peak_rss_bytes, self.loop, clip_text(self.text))
 
     @classmethod
     def unpack(cls, buffer: bytearray | memoryview) -> Header:
         """Read the struct at the start of `buffer`."""
         fields = _HEADER.unpack_from(buffer, 0)
         info = GradientInfo._make(fields[_INFO_AT:_INFO_END])
-        return cls._make((*fields[:_INFO_AT], info, fields[_INFO_END], _text(fields[-1])))
+        return cls._make((*fields[:_INFO_AT], info, *fields[_INFO_END:-1], _text(fields[-1])))
 
 
 class Reply(NamedTuple):

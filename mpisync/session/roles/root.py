@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from mpisync.aggregation.account import Account
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
+from mpisync.aggregation.loops import serve_loop
 from mpisync.aggregation.shutdown import failure_of, leave_root
 from mpisync.model.binding import Binding
 from mpisync.model.copies import Values
@@ -34,6 +35,7 @@ from mpisync.session.recorder import Recorder
 from mpisync.session.roles.base import Role
 from mpisync.session.run_info import cores_of, run_info
 from mpisync.session.torch_threads import torch_threads
+from mpisync.session.worker_parameters import BETWEEN_LOOPS
 from mpisync.transport.peers import peak_rss_bytes
 
 _LOOKS = 10  # steps, in which buffers that differ have come to do so; later it would cost for nothing
@@ -83,7 +85,7 @@ class RootRole(Role):
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
-        self._warned = self._told = self._has_served = False
+        self._warned = self._told = self._has_served = self._is_in_loop = False
         assert recorder is not None  # else DistributedModel has raised the problem
         self._recorder = recorder
         if advice := advice_on(optimizer):
@@ -109,16 +111,15 @@ class RootRole(Role):
 
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Serve until the end, and yield nothing, for the root does not train."""
-        self._has_served = True
         if isinstance(self._late, Requeue):
             self._late.pool = pool_of(loader, loop, self._root.policy, self.workers)
         if loop.resume is not None:
             self._root.collector.accounts = [Account(**account) for account in loop.accounts(self.workers)]
             self._late.load(loop.resume)
-        self._recorder.begin(loop.steps)
-        self._sample.take()
-        self._structure.examine()
-        for closed in self._root.serve(loop.steps):
+        last = None if loop.steps is None else self.version + loop.steps
+        self._recorder.begin(last)
+        self._begin()
+        for closed in serve_loop(self._root, last):
             self._check_writes()
             with ordinary_mode():  # as in a loop that has set nothing, whatever the script has set here
                 self._take(closed)
@@ -127,7 +128,29 @@ class RootRole(Role):
             self._sample.take()
             self._recorder.step(record)
             self._structure.check()  # on_step= has been called
+        self._binding.detach()  # until the next loop the parameters are the script's
+        self._is_in_loop = False
         yield from ()
+
+    def _begin(self) -> None:
+        """Make ready for a loop: its parameters are those of the newest version, whatever was done since."""
+        if self._has_served:
+            if names := self._binding.written():
+                raise RuntimeError(f"parameter {names[0]!r} was written to {BETWEEN_LOOPS}: {REMEDY}")
+            self._binding.bind()
+            self._frozen.check()
+            if names := self._flat.buffers.changed(self._buffers):
+                print(
+                    f"mpisync: buffer {names[0]!r} was changed between two loops of the session, which does not last: "
+                    "each begins with what the last update left (call model.eval() before forward passes there; change "
+                    "buffers in on_step=, or keep what is not learned in a plain attribute)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._flat.buffers.load(self._buffers)
+        self._has_served = self._is_in_loop = True
+        self._sample.take()
+        self._structure.examine()
 
     def _check_writes(self) -> None:
         """Refuse what somebody else than the update wrote to parameters since they were published."""
@@ -242,7 +265,8 @@ class RootRole(Role):
                 "do not guard the loop by session.worker or comm.rank"
             )
         try:
-            self._flat.buffers.load(self._buffers)
+            if self._is_in_loop:
+                self._flat.buffers.load(self._buffers)
             if self._averages:
                 pairs = zip(self._flat.parameters, self._averages, strict=True)
                 self._kept_averages = [(parameter, view.clone()) for parameter, view in pairs]

@@ -21,7 +21,7 @@ from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.shutdown import failure_of
 from mpisync.aggregation.verdict import Verdict
-from mpisync.data.batches import Batches
+from mpisync.data.continued import ContinuedBatches
 from mpisync.model.copies import Values
 from mpisync.model.flat import FlatModel
 from mpisync.model.guards import forbid_steps
@@ -84,6 +84,7 @@ class SingleProcessRole(Role):
         self._trap = forbid_steps(optimizer, options.scheduler)
         self._scaling, self._structure = ScaleWatch(optimizer), StructureWatch(model)
         self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
+        self._data = ContinuedBatches(0, 1, options.seed)
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
@@ -112,39 +113,30 @@ class SingleProcessRole(Role):
 
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
         """Yield batches until there were `steps` updates, or the pool is empty."""
-        steps, late = loop.steps, self._late
+        late, last = self._late, None if loop.steps is None else self.version + loop.steps
         if isinstance(late, Requeue):
             late.pool = pool_of(loader, loop, _POLICY, 1)
         if loop.resume is not None:
             self._collector.accounts = [Account(**account) for account in loop.accounts(1)]
             late.load(loop.resume)
-        data = Batches(
-            loader,
-            worker=0,
-            workers=1,
-            seed=self._options.seed,
-            claim=self._claim if isinstance(late, Requeue) else None,
-            start=loop.batches(0),
-        )
-        self._recorder.begin(steps)
+        data = self._data.of(loader, claim=self._claim if isinstance(late, Requeue) else None, start=loop.batches(0))
+        self._recorder.begin(last)
         self._structure.examine()
+        self._accumulation.drop()  # of a loop that was left by `break`
         self._flat.buffers.pack(self._buffers)
         self._began_s = self._collector.player.step.opened_s = time.monotonic()
-        try:
-            while not self._stopped and (steps is None or self.version < steps):
-                drawn = next(data, None)
-                if drawn is None:
-                    break
-                self._accumulation.add(data, drawn[0])
-                self._account.handed += data.batch_samples
-                yield drawn[0]
-                if passed := self._accumulation.passed():
-                    info = GradientInfo(passed.samples, batches=passed.batches)
-                    self._collector.pass_over(0, info, may_return=False)
-                self._accumulation.goes_on()
-            self._accumulation.drop()
-        finally:
-            data.close()
+        while not self._stopped and (last is None or self.version < last):
+            drawn = next(data, None)
+            if drawn is None:
+                break
+            self._accumulation.add(data, drawn[0])
+            self._account.handed += data.batch_samples
+            yield drawn[0]
+            if passed := self._accumulation.passed():
+                info = GradientInfo(passed.samples, batches=passed.batches)
+                self._collector.pass_over(0, info, may_return=False)
+            self._accumulation.goes_on()
+        self._accumulation.drop()
 
     def _claim(self, batches: int) -> BatchId | None:
         """Claim the pool's next batch; this process claims none ahead that it does not come to."""
@@ -231,6 +223,7 @@ class SingleProcessRole(Role):
         self._trap.undo()
         self._scaling.undo()
         self._accumulation.close()
+        self._data.close()
         self._recorder.close()
         self._collector.lose(0)
         self._recorder.end(

@@ -18,6 +18,7 @@ from mpisync.aggregation.late_work import Carry, Requeue, Retry
 from mpisync.aggregation.shutdown import leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.batches import Batches
+from mpisync.data.continued import ContinuedBatches
 from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
 from mpisync.model.copies import Values
@@ -78,6 +79,8 @@ class WorkerRole(Role):
             read_only=self._notice is not None,
         )
         self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
+        self._data = ContinuedBatches(self.worker, self.workers, options.seed)
+        self._is_in_loop = False
         self._late = options.on_late
         self._retried: RetriedBatches | None = None
         self._carried: CarriedGradient | None = None
@@ -111,40 +114,46 @@ class WorkerRole(Role):
         return self._kept_averages
 
     def batches(self, loader: Iterable[Any], loop: LoopOptions) -> Generator[Any, None, None]:
-        """Yield batches until the root ends the training."""
-        data = self._data(loader, loop)
-        self._guards.begin()
-        self._parameters.check_before()
-        try:
-            running = self._pull()
-            while running and (drawn := next(data, None)) is not None:
-                self._worker.handed += data.batch_samples
-                self._accumulation.add(data, drawn[0])
-                yield drawn[0]
-                running = self._worker.ended is None
-                if running and (passed := self._accumulation.passed()):
-                    self._pass_over(passed)
-                # a gradient is of one version: only the end comes between its batches
-                if running and (self._has_ended() if self._accumulation.goes_on() else self._worker.is_stale()):
-                    running = self._pull()
-            self._accumulation.drop()
-        finally:
-            data.close()
+        """Yield batches until the root ends the loop."""
+        self._begin()
+        data = self._open(loader, loop)
+        self._pull()
+        while self._is_in_loop and (drawn := next(data, None)) is not None:
+            self._worker.handed += data.batch_samples
+            self._accumulation.add(data, drawn[0])
+            yield drawn[0]
+            if self._is_in_loop and (passed := self._accumulation.passed()):
+                self._pass_over(passed)
+            # a gradient is of one version: only the end comes between its batches
+            if self._is_in_loop and (self._worker.is_over() if self._accumulation.goes_on() else self.stale()):
+                self._pull()
+        self._accumulation.drop()
 
-    def _data(self, loader: Iterable[Any], loop: LoopOptions) -> Batches | RetriedBatches:
-        """Return this worker's batches, from where a resumed run left off."""
-        self._worker.handed = loop.handed(self.worker, self.workers)
-        batches = Batches(
+    def _begin(self) -> None:
+        """Make ready for a loop: what was done since the one before has no effect on it."""
+        if self._is_in_loop:  # that one was left by `break`
+            self._accumulation.drop()
+            self._worker.sit_out()
+            self._end_loop()
+        self._is_in_loop = True
+        if self._carried is not None:
+            self._carried.drop()
+        self._guards.begin(is_first=self._worker.loop == 0)
+        self._parameters.begin()
+
+    def _open(self, loader: Iterable[Any], loop: LoopOptions) -> Batches | RetriedBatches:
+        """Return this worker's batches, from where the loop before, or a resumed run, left off."""
+        if loop.resume is not None:
+            self._worker.handed = loop.handed(self.worker, self.workers)
+        batches = self._data.of(
             loader,
-            worker=self.worker,
-            workers=self.workers,
-            seed=self._seed,
             claim=self._worker.claim if isinstance(self._late, Requeue) else None,
             start=loop.batches(self.worker),
         )
         if not isinstance(self._late, Retry):
             return batches
-        self._retried = RetriedBatches(batches, worker=self.worker, seed=self._seed)
+        if self._retried is None or self._retried.batches is not batches:
+            self._retried = RetriedBatches(batches, worker=self.worker, seed=self._seed)
         return self._retried
 
     def _pass_over(self, passed: AccumulatedBatches) -> None:
@@ -199,15 +208,18 @@ class WorkerRole(Role):
         sample = self._sampled.tobytes()
         return zlib.crc32(sample) if sample.strip(b"\0\x80") else 0  # zeros of either sign
 
-    def _pull(self) -> bool:
-        """Take the newest parameters and module buffers; return False when the training has ended."""
-        while True:
-            running = self._worker.pull() is not None
-            if not running:
-                self._worker.finish()
-            if self._parameters.take(ended=not running):
+    def _pull(self) -> None:
+        """Take the newest parameters and module buffers, or leave the loop with its last where that is over."""
+        while self._worker.pull() is not None:
+            if self._parameters.take():
                 self._follow()
-                return running
+                return
+        self._end_loop()
+
+    def _end_loop(self) -> None:
+        self._is_in_loop = False
+        self._parameters.pause()
+        self._follow()
 
     def _follow(self) -> None:
         """Step the scheduler here as often as the root's."""
@@ -222,9 +234,6 @@ class WorkerRole(Role):
 
     def _is_late(self) -> bool:
         return self._participant.policy.staleness == 0 and self._worker.is_stale()
-
-    def _has_ended(self) -> bool:
-        return self._worker.link.end() is not None
 
     def stale(self) -> bool:
         """Say whether the step that this worker computes for has closed."""
@@ -247,6 +256,7 @@ class WorkerRole(Role):
         """Leave the run; without an error this rank has the final parameters."""
         self._guards.undo()
         self._accumulation.close()
+        self._data.close()
         has_final = False
         try:
             if error is None:
