@@ -13,6 +13,7 @@ class _Handed(NamedTuple):
     batch: Any
     sequence: int
     samples: int
+    fingerprint: int
 
 
 class RetriedBatches:
@@ -30,6 +31,7 @@ class RetriedBatches:
     Attributes:
         data_s: Seconds that the caller waited for the newest batch.
         batch_samples: Samples in the newest batch.
+        fingerprint: Of the newest batch.
     """
 
     def __init__(self, batches: Batches, *, worker: int, seed: int) -> None:
@@ -37,7 +39,7 @@ class RetriedBatches:
         self._handed: list[_Handed] = []  # since the last gradient
         self._next: list[_Handed] = []
         self.data_s = 0.0
-        self.batch_samples = 0
+        self.batch_samples = self.fingerprint = 0
 
     def __iter__(self) -> RetriedBatches:
         return self
@@ -45,12 +47,13 @@ class RetriedBatches:
     def __next__(self) -> tuple[Any, int]:
         if self._next:
             handed = self._next.pop(0)
-            self.data_s, self.batch_samples = 0.0, handed.samples
+            self.data_s = 0.0
             seed_everything(self._seed, self._worker, handed.sequence, Stream.LOOP)
         else:
             batch, sequence = next(self._batches)
-            self.data_s, self.batch_samples = self._batches.data_s, self._batches.batch_samples
-            handed = _Handed(batch, sequence, self.batch_samples)
+            self.data_s = self._batches.data_s
+            handed = _Handed(batch, sequence, self._batches.batch_samples, self._batches.fingerprint)
+        self.batch_samples, self.fingerprint = handed.samples, handed.fingerprint
         self._handed.append(handed._replace(batch=_copied(handed.batch)))
         return handed.batch, handed.sequence
 
