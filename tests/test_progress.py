@@ -236,3 +236,19 @@ def test_under_mpisync_run_on_a_terminal_the_line_is_rewritten_within_its_width(
     drawn = [line for line in said.decode().replace("\n", "\r").split("\r") if line.startswith("step ")]
     assert len(drawn) >= 2 and drawn[-1].startswith("step 50/50 | accepted 1/1")
     assert all(len(line.removesuffix("\x1b[K")) == 49 and line.endswith("\x1b[K") for line in drawn)
+
+
+def test_a_worker_that_has_left_is_not_slow():
+    left = set()
+    script = Script(3)
+    script.progress._is_alive = lambda worker: worker not in left
+    for _ in range(30):
+        script.step({0: 0.05, 1: 0.05, 2: 0.05})
+    left.add(0)
+    for _ in range(60):
+        script.step({1: 0.05, 2: 0.05}, alive=2)
+    assert not [line for line in script.lines if line.startswith("slow")]
+    left.clear()
+    for _ in range(20):
+        script.step({1: 0.05, 2: 0.05})
+    assert any(line.startswith("slow: worker 0") for line in script.lines)

@@ -88,6 +88,7 @@ class RootRole(Role):
         self._told = self._has_served = False
         assert recorder is not None  # else DistributedModel has raised the problem
         self._recorder = recorder
+        self._recorder.watch(lambda worker: self._root.roster.members[worker].is_alive)
         if advice := advice_on(optimizer):
             print(advice, file=sys.stderr, flush=True)
         peers = self._participant.meeting.peers
