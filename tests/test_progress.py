@@ -9,10 +9,14 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
+import torch.nn.functional as F
 from launch import environment
+from training import loader, new_model, sgd
 
+import mpisync
 from mpisync.records import ArrivalRecord, StepRecord
 from mpisync.session.progress import Progress
 
@@ -252,3 +256,17 @@ def test_a_worker_that_has_left_is_not_slow():
     for _ in range(20):
         script.step({1: 0.05, 2: 0.05})
     assert any(line.startswith("slow: worker 0") for line in script.lines)
+
+
+@pytest.mark.parallel(4)
+def test_a_worker_that_left_its_loop_is_not_called_slow(comm, capfd):
+    model = new_model()
+    with mpisync.Session(comm, model, sgd(model)) as session:
+        for number, (x, y) in enumerate(session.batches(loader(), steps=60)):
+            time.sleep(0.05)
+            F.cross_entropy(model(x), y).backward()
+            session.step()
+            if session.worker == 0 and number == 8:
+                break
+    said = capfd.readouterr().err
+    assert "slow: worker 0" not in said and ("alive 2" in said) == (session.worker is None)
