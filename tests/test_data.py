@@ -15,7 +15,6 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -198,12 +197,6 @@ def test_a_batch_sampler_of_the_caller_is_respected_and_its_sampler_told_the_epo
     loader = DataLoader(plain(6), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
     assert indices(loader, 4, worker=1, workers=2) == [[5, 4], [3, 2], [1, 0], [5, 4]]
     assert sampler.epochs == [0, 1]
-
-
-def test_a_distributed_sampler_is_respected():
-    sampler = DistributedSampler(plain(6), num_replicas=2, rank=1, shuffle=False)
-    loader = DataLoader(plain(6), batch_size=3, sampler=sampler)
-    assert indices(loader, 1, worker=0, workers=2) == [[1, 3, 5]]
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,23 @@ SENTENCES = {
         alone(interfaces=("docker0",), environ={"OMPI_MCA_btl_tcp_if_include": "eth0"}), "network", "ok",
         "set in the environment", "",
     ),
+    "no carrier, one node": (
+        alone(unplugged=("eth1",)), "network", "note", 'eth1 has an address and no carrier, and Open MPI may end there',
+        "with several nodes: mpirun --mca btl_tcp_if_exclude eth1,lo --prtemca prte_if_exclude eth1, or",
+    ),
+    "no carrier, several nodes": (
+        job(rank1={"unplugged": ("eth1", "ib0")}, rank0={"node": "boot2"}), "network", "fix", "eth1,ib0 have an",
+        "mpisync run --launcher-args '--mca btl_tcp_if_exclude eth1,ib0,lo --prtemca prte_if_exclude eth1,ib0'",
+    ),
+    "no carrier, Open MPI 4": (
+        alone(unplugged=("eth1",), mpi=OPENMPI4), "network", "note", "no carrier", "--mca oob_tcp_if_exclude eth1",
+    ),
+    "no carrier, excluded": (
+        alone(unplugged=("eth1",), environ={"PRTE_MCA_prte_if_exclude": "eth1"}), "network", "ok", "is set in", "",
+    ),
+    "no carrier, docker0 neither": (
+        alone(interfaces=("docker0",), unplugged=("docker0",)), "network", "note", "docker0 is local", EXCLUDE,
+    ),
     "docker0, MPICH": (alone(mpi=MPICH, interfaces=("docker0",)), "network", "ok", "docker0", ""),
     "a misspelt setting": (
         job(rank1={"settings": ("MPISYNC_POLICI is no setting",)}), "settings", "fix",
@@ -338,6 +355,15 @@ def test_settings_are_read_as_a_run_would_read_them():
         assert sum(says in text for text in texts) == 1, texts
     assert len(texts) == 3
     assert probing.settings_problems({"MPISYNC_POLICY": "backup:1"}) == ()
+
+
+def test_carriers_are_read_of_what_is_up(tmp_path):
+    for name, text in {"lo": "0", "eth0": "1\n", "eth1": "0\n", "eth2": None}.items():  # None: it is down
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "carrier").write_text(text)
+    assert probing.unplugged(["lo", "eth0", "eth1", "eth2", "gone"], tmp_path) == ("eth1",)
+    assert probing.look({}).machine.unplugged == ()
 
 
 def test_a_program_that_hangs_ends_with_its_children(tmp_path):

@@ -105,6 +105,14 @@ def test_sparse_gradients_are_refused_by_name():
     assert "SparseAdam needs sparse gradients" in refused(plain, optimizer)
 
 
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 2))])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_traced_modules_are_refused_by_name(make):
+    inner = make(nn.Sequential(nn.Linear(2, 2)))
+    assert "the model is a torch.jit." in refused(inner) and "pass the module that it was made from" in refused(inner)
+    assert "module '0' is a torch.jit." in refused(nn.Sequential(inner))
+
+
 def test_lazy_parameters_are_refused_until_one_forward_has_run():
     model = nn.Sequential(nn.LazyLinear(3))
     assert "parameter '0.weight' is not initialised: run one forward" in refused(

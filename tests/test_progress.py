@@ -9,10 +9,14 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
+import torch.nn.functional as F
 from launch import environment
+from training import loader, new_model, sgd
 
+import mpisync
 from mpisync.records import ArrivalRecord, StepRecord
 from mpisync.session.progress import Progress
 
@@ -236,3 +240,33 @@ def test_under_mpisync_run_on_a_terminal_the_line_is_rewritten_within_its_width(
     drawn = [line for line in said.decode().replace("\n", "\r").split("\r") if line.startswith("step ")]
     assert len(drawn) >= 2 and drawn[-1].startswith("step 50/50 | accepted 1/1")
     assert all(len(line.removesuffix("\x1b[K")) == 49 and line.endswith("\x1b[K") for line in drawn)
+
+
+def test_a_worker_that_has_left_is_not_slow():
+    left = set()
+    script = Script(3)
+    script.progress._is_alive = lambda worker: worker not in left
+    for _ in range(30):
+        script.step({0: 0.05, 1: 0.05, 2: 0.05})
+    left.add(0)
+    for _ in range(60):
+        script.step({1: 0.05, 2: 0.05}, alive=2)
+    assert not [line for line in script.lines if line.startswith("slow")]
+    left.clear()
+    for _ in range(20):
+        script.step({1: 0.05, 2: 0.05})
+    assert any(line.startswith("slow: worker 0") for line in script.lines)
+
+
+@pytest.mark.parallel(4)
+def test_a_worker_that_left_its_loop_is_not_called_slow(comm, capfd):
+    model = new_model()
+    with mpisync.Session(comm, model, sgd(model)) as session:
+        for number, (x, y) in enumerate(session.batches(loader(), steps=60)):
+            time.sleep(0.05)
+            F.cross_entropy(model(x), y).backward()
+            session.step()
+            if session.worker == 0 and number == 8:
+                break
+    said = capfd.readouterr().err
+    assert "slow: worker 0" not in said and ("alive 2" in said) == (session.worker is None)

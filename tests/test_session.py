@@ -1,7 +1,6 @@
 """The torch face among real processes: what a training script may rely on."""
 
 import os
-import warnings
 
 import numpy as np
 import pytest
@@ -172,17 +171,6 @@ def test_ranks_that_disagree_hear_it_at_once(comm):
     with pytest.raises(ValueError, match="nowhere"):
         with mpisync.Session(comm, model, sgd(model), record="/nowhere/at/all.jsonl", progress=False):
             pass
-
-
-@pytest.mark.parallel(WORKERS + 1)
-def test_workers_that_draw_the_same_batches_are_warned_about(comm):
-    model = new_model()
-    same = ((x, y) for x, y in [(torch.ones(4, 6).double(), torch.zeros(4, dtype=torch.long))] * 20)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(comm, model, sgd(model), data=same, steps=3, policy=mpisync.BackupWorkers(0))
-    texts = [str(w.message) for w in caught]
-    assert any("equal gradients" in text for text in texts) == (comm.rank == WORKERS)
 
 
 @pytest.mark.parallel(WORKERS + 1)

@@ -16,6 +16,7 @@ from launch import ROOT
 from mpi4py import MPI
 
 from mpisync import siblings
+from mpisync.aggregation import participant
 from mpisync.commands import run
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.options import chosen_policy
@@ -522,6 +523,9 @@ def test_what_makes_no_sense_is_refused_by_name(monkeypatch):
     theta = np.zeros(3, np.float32)
     with pytest.raises(TypeError, match="comm must be an intracommunicator such as MPI.COMM_WORLD, not None"):
         PartialReduce(None, like=theta)
+    for null in (MPI.COMM_NULL, MPI.Intracomm()):
+        with pytest.raises(TypeError, match="that this rank is in, not MPI.COMM_NULL: a rank that a Split"):
+            PartialReduce(null, like=theta)
     with pytest.raises(ValueError, match="has one rank: start the script with"):
         PartialReduce(MPI.COMM_SELF, like=theta)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
@@ -557,6 +561,7 @@ def test_where_no_descriptor_can_be_opened_a_file_is_shared(comm, monkeypatch):
 @pytest.mark.parametrize("asked", ["auto", "shared"])
 def test_where_memory_is_short_messages_are_used_and_it_is_said(comm, monkeypatch, capfd, asked):
     monkeypatch.setenv("MPISYNC_TRANSPORT", asked)
+    participant._tell_once.cache_clear()
     if comm.rank == 0:
 
         def full(fd, offset, size):
@@ -565,8 +570,9 @@ def test_where_memory_is_short_messages_are_used_and_it_is_said(comm, monkeypatc
         monkeypatch.setattr(memory_module.os, "posix_fallocate", full)
     short(comm, 1000)
     if comm.rank == comm.size - 1:
-        said = capfd.readouterr().out
-        assert "workers [(0,)] use messages" in said and "No space left" in said
+        said = capfd.readouterr().err
+        assert "worker 0 cannot share memory with the root (" in said and "No space left on device), so gr" in said
+        assert "[Errno" not in said and "larger /dev/shm (docker run --shm-size=4g)" in said
 
 
 @pytest.mark.parallel(3)

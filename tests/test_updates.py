@@ -129,6 +129,7 @@ def test_a_plateau_scheduler_gets_the_mean_accepted_loss(comm):
             session.step([5.0, 4.0, 6.0, 3.0, 2.0, 9.0][number] + session.worker)
     assert heard == ([5.5, 4.5, 6.5, 3.5, 2.5, 9.5] if session.worker is None else [])
     assert rates == ([0.1, 0.1, 0.05, 0.05, 0.05, 0.025] if session.worker is None else [])
+    assert optimizer.param_groups[0]["lr"] == (0.025 if session.worker is None else 0.1)  # as docs/rules.rst says
 
 
 @pytest.mark.parallel(WORKERS + 1)

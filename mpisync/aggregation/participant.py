@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +35,13 @@ def _compile(layout: Layout) -> None:
     warm([segment.dtype.name for segment in layout.segments])
 
 
+@functools.cache
+def _tell_once(note: str) -> None:
+    """Tell how workers are reached, in the first of a process's runs that it holds for."""
+    if note:
+        print(f"mpisync: {note}", file=sys.stderr, flush=True)
+
+
 class Participant:
     """A rank in a run. Collective: every rank of the meeting makes one with the same layouts.
 
@@ -60,8 +69,7 @@ class Participant:
         buffers = 1 if policy.staleness == 0 else _BUFFERS
         self._connection = connect(meeting, layout, published, buffers, self.memory)
         self.parameters = self._connection.home
-        if self._connection.note:
-            print(f"mpisync: {self._connection.note}", flush=True)
+        _tell_once(self._connection.note)
 
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0))

@@ -1,6 +1,8 @@
 """The command `mpisync`: finds the subcommand and runs it."""
 
 import argparse
+import codecs
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,8 +31,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_PLAIN = {"\N{MULTIPLICATION SIGN}": "x", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Write what the terminal's encoding lacks by characters that all have."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(one, "?") for one in lacking), error.end
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (this process's own by default); return the exit code."""
+    codecs.register_error("mpisync.plain", _plain)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="mpisync.plain")  # under LC_ALL=C
     options = build_parser().parse_args(arguments)
     try:
         code: int = options.main(options)

@@ -7,7 +7,7 @@ dataclasses. What knows better is asked: a nested tensor, a packed sequence, a g
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -49,14 +49,16 @@ def _counts(batch: Any) -> Iterator[int]:
         if shape:
             yield int(shape[0])
     else:
-        for part in _parts(batch):
+        for part in parts_of(batch):
             yield from _counts(part)
 
 
-def _parts(batch: Any) -> Iterator[Any]:
+def parts_of(batch: Any) -> Iterable[Any]:
+    """Return what a tuple, list, mapping or dataclass is made of; nothing for anything else."""
     if isinstance(batch, Mapping):
-        yield from batch.values()
-    elif isinstance(batch, tuple | list):
-        yield from batch
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        yield from (getattr(batch, field.name) for field in dataclasses.fields(batch))
+        return batch.values()
+    if isinstance(batch, tuple | list):
+        return batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return ()

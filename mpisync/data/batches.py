@@ -9,7 +9,16 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader
 
 from mpisync.data.batch_size import count_samples
-from mpisync.data.samplers import PoolSampler, ShardSampler, draws_by_default, refuse_other_length, share_of
+from mpisync.data.fingerprint import fingerprint
+from mpisync.data.refusals import check_replicas, loaders_in, refuse_joined, tell_of_replicas
+from mpisync.data.samplers import (
+    PoolSampler,
+    ShardSampler,
+    draws_by_default,
+    is_distributed,
+    refuse_other_length,
+    share_of,
+)
 from mpisync.data.seeds import Stream, seed_everything
 
 ClaimBatch = Callable[[int], tuple[int, int] | None]
@@ -39,12 +48,14 @@ class SharedLoader:
                 f"{workers} workers (batch_size={loader.batch_size}, drop_last="
                 f"{loader.drop_last}): use fewer workers, smaller batches or more data"
             )
-        self._loader = share_of(loader, self._share)
+        self._loader, self._theirs = share_of(loader, self._share), loader.sampler
         self.length: int | None = len(self._share)
 
     def epoch(self, epoch: int, sequence: int, skip: int) -> Iterator[Any]:
         """Yield the worker's share of the epoch; batches left out are not even read."""
         self._share.begin(epoch, sequence, skip)
+        if is_distributed(self._theirs):
+            self._theirs.set_epoch(epoch)  # type: ignore[attr-defined]  # for whoever reads it
         yield from self._loader
 
 
@@ -148,15 +159,17 @@ def shard(loader: Iterable[Any], worker: int, workers: int, seed: int) -> Source
     """Return a worker's share of what `loader` yields.
 
     A DataLoader that draws in order or shuffles by default is divided among the workers, so is a
-    list or tuple of batches. A sampler that the caller made, an IterableDataset and any other
-    iterable are respected as they are.
+    list or tuple of batches; a DistributedSampler is taken over. Any other sampler that the caller
+    made, an IterableDataset and any other iterable are respected as they are.
     """
+    refuse_joined(loader)
     if isinstance(loader, DataLoader) and draws_by_default(loader):
         return SharedLoader(loader, worker, workers, seed)
     if isinstance(loader, list | tuple):
         return SharedList(loader, worker, workers)
     if not isinstance(loader, Iterable):
         raise TypeError(f"batches needs an iterable of batches, not {type(loader).__name__}")
+    check_replicas(loader, worker, workers)
     if worker == 0 and workers > 1 and _draws_inside(loader):
         name = type(loader).__name__
         print(
@@ -170,8 +183,11 @@ def shard(loader: Iterable[Any], worker: int, workers: int, seed: int) -> Source
 
 def _draws_inside(loader: Iterable[Any]) -> bool:
     """Say whether an iterable holds a DataLoader that could be shared out, as tqdm and its like do."""
-    held = () if isinstance(loader, DataLoader) else getattr(loader, "__dict__", {}).values()
-    return any(isinstance(one, DataLoader) and draws_by_default(one) for one in held)
+    if isinstance(loader, DataLoader):
+        return False
+    held = getattr(loader, "__dict__", {}).values()
+    loaders = [each for one in held for each in ([one] if isinstance(one, DataLoader) else loaders_in(one))]
+    return any(isinstance(one, DataLoader) and draws_by_default(one) for one in loaders)
 
 
 def batches_an_epoch(loader: Iterable[Any]) -> int:
@@ -179,7 +195,9 @@ def batches_an_epoch(loader: Iterable[Any]) -> int:
 
     Raises:
         ValueError: It has none, or decides itself what each worker draws.
+        TypeError: It holds several loaders.
     """
+    refuse_joined(loader)
     if isinstance(loader, DataLoader) and draws_by_default(loader):
         batches = ShardSampler(loader, 0, 1, 0).count(0)
     elif isinstance(loader, list | tuple):
@@ -245,10 +263,11 @@ class Batches:
         else:
             source = shard(loader, worker, workers, seed)
             self._drawn = _draw(source, start, start if skip is None else skip, epoch)
+        tell_of_replicas(loader, worker, workers)
         self._worker = worker
         self._seed = seed
         self.data_s = 0.0
-        self.batch_samples = 0
+        self.batch_samples = self.fingerprint = 0
         self.samples = 0
         self.sequence = start
 
@@ -260,6 +279,7 @@ class Batches:
         batch, sequence = next(self._drawn)
         self.data_s = time.perf_counter() - began_s
         self.batch_samples = count_samples(batch)
+        self.fingerprint = fingerprint(batch, sequence)
         self.samples += self.batch_samples
         self.sequence = sequence + 1
         seed_everything(self._seed, self._worker, sequence, Stream.LOOP)

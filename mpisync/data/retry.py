@@ -13,6 +13,7 @@ class _Handed(NamedTuple):
     batch: Any
     sequence: int
     samples: int
+    fingerprint: int
 
 
 class RetriedBatches:
@@ -31,6 +32,7 @@ class RetriedBatches:
         batches: As given.
         data_s: Seconds that the caller waited for the newest batch.
         batch_samples: Samples in the newest batch.
+        fingerprint: Of the newest batch.
     """
 
     def __init__(self, batches: Batches, *, worker: int, seed: int) -> None:
@@ -38,7 +40,7 @@ class RetriedBatches:
         self._handed: list[_Handed] = []  # since the last gradient
         self._next: list[_Handed] = []
         self.data_s = 0.0
-        self.batch_samples = 0
+        self.batch_samples = self.fingerprint = 0
 
     def __iter__(self) -> RetriedBatches:
         return self
@@ -46,12 +48,13 @@ class RetriedBatches:
     def __next__(self) -> tuple[Any, int]:
         if self._next:
             handed = self._next.pop(0)
-            self.data_s, self.batch_samples = 0.0, handed.samples
+            self.data_s = 0.0
             seed_everything(self._seed, self._worker, handed.sequence, Stream.LOOP)
         else:
             batch, sequence = next(self.batches)
-            self.data_s, self.batch_samples = self.batches.data_s, self.batches.batch_samples
-            handed = _Handed(batch, sequence, self.batch_samples)
+            self.data_s = self.batches.data_s
+            handed = _Handed(batch, sequence, self.batches.batch_samples, self.batches.fingerprint)
+        self.batch_samples, self.fingerprint = handed.samples, handed.fingerprint
         self._handed.append(handed._replace(batch=_copied(handed.batch)))
         return handed.batch, handed.sequence
 

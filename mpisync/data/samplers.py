@@ -11,6 +11,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     RandomSampler,
     SequentialSampler,
     get_worker_info,
@@ -60,7 +61,9 @@ class ShardSampler:
         self.samples, self._dataset = len(loader.dataset), loader.dataset  # type: ignore[arg-type]
         self.batch_size = loader.batch_size
         self.drop_last = loader.drop_last
-        self.shuffle = isinstance(loader.sampler, RandomSampler)
+        self.shuffle = isinstance(loader.sampler, RandomSampler) or (
+            is_distributed(loader.sampler) and bool(getattr(loader.sampler, "shuffle", False))
+        )
         self.worker = worker
         self.workers = workers
         self.seed = seed
@@ -139,7 +142,7 @@ def refuse_other_length(what: str, unit: str, before: int, now: int) -> None:
 
 
 def draws_by_default(loader: DataLoader[Any]) -> bool:
-    """Say whether torch chose the loader's samplers, so that nobody misses them."""
+    """Say whether torch chose the loader's samplers, or a DistributedSampler is to share them out, as we do."""
     if type(loader).__iter__ is not DataLoader.__iter__:
         return False  # a subclass that iterates in its own way
     dataset: Any = loader.dataset
@@ -152,7 +155,14 @@ def draws_by_default(loader: DataLoader[Any]) -> bool:
     if type(sampler) is RandomSampler:
         whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
         return whole and sampler.data_source is dataset and sampler.generator is loader.generator
+    if is_distributed(sampler):
+        return len(sampler.dataset) == len(dataset)
     return type(sampler) is SequentialSampler and sampler.data_source is dataset
+
+
+def is_distributed(sampler: Any) -> bool:  # noqa: ANN401 (any object may be a sampler)
+    """Say whether a sampler shares out as torch's DistributedSampler does, and not in a way of its own."""
+    return isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__
 
 
 def share_of(loader: DataLoader[Any], share: ShardSampler) -> DataLoader[Any]:

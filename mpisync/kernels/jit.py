@@ -18,12 +18,19 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import extending, njit
-from numba.core import caching
+from numba.core import caching, config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Code generators. numba's types vary with its version, so here they are none.
 intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
+
+
+def check_jit() -> None:
+    """Raise ValueError where numba is told not to compile: then nothing here works among processes."""
+    if config.DISABLE_JIT:
+        value = os.environ.get("NUMBA_DISABLE_JIT", "")
+        raise ValueError(f"NUMBA_DISABLE_JIT={value} turns off the compiler of what sums gradients: unset it")
 
 
 def compiled(function: F) -> F:

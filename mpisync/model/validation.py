@@ -42,6 +42,11 @@ def _check_modules(model: nn.Module) -> None:
         for kind in type(module).__mro__:
             if kind.__name__ in WRAPPERS and kind.__module__.startswith("torch."):
                 raise TypeError(f"{where} is a {kind.__name__}: {WRAPPERS[kind.__name__]}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{where} is a torch.jit.{type(module).__name__}, whose parts cannot be reached from Python: pass the "
+                "module that it was made from (torch.compile may wrap it), and script or trace the trained one"
+            )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise TypeError(
                 f"{where} is an {type(module).__name__}(sparse=True): sparse gradients are not "

@@ -23,6 +23,7 @@ class AccumulatedBatches(NamedTuple):
     drawn: int  # samples in its batches
     data_s: float  # waited for them
     batches: int
+    fingerprint: int = 0  # of what is in them
 
 
 class Accumulation:
@@ -46,7 +47,7 @@ class Accumulation:
         vars(optimizer)["zero_grad"] = self._begin_anew
 
     def _forget(self) -> None:
-        self._batches, self._samples, self._data_s = 0, 0, 0.0
+        self._batches, self._samples, self._data_s, self._fingerprint = 0, 0, 0.0, 0
         self._doubt = ""  # why the samples may be others
         self._newest = self._void = 0  # samples of the newest batch, and of those that are no part of the gradient
 
@@ -63,6 +64,7 @@ class Accumulation:
         self._newest = data.batch_samples
         self._samples += data.batch_samples
         self._data_s += data.data_s
+        self._fingerprint = (31 * self._fingerprint + data.fingerprint) & 0xFFFFFFFF
         self._since_step += 1
 
     def has_gradient(self) -> bool:
@@ -112,7 +114,7 @@ class Accumulation:
                 f'weight="samples" needs the number of samples, and {self._doubt}: pass session.step(loss, samples=...)'
             )
         own = self._samples - self._void if samples is None else samples
-        basis = AccumulatedBatches(own, self._samples, self._data_s, self._batches)
+        basis = AccumulatedBatches(own, self._samples, self._data_s, self._batches, self._fingerprint)
         if basis.samples < 1:
             raise ValueError(f"a gradient must be the mean of at least 1 sample, not {basis.samples}")
         self._forget()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.participant import Participant, compile_at_root
+from mpisync.kernels.jit import check_jit
 from mpisync.model.aliases import check_aliases
 from mpisync.model.flat import FlatModel
 from mpisync.model.frozen import in_blocks
@@ -39,6 +40,7 @@ class DistributedModel:
     ) -> None:
         problem = (
             problem
+            or problem_of(check_jit)
             or problem_of(lambda: options.policy.check(comm.size - 1))
             or problem_of(lambda: check_replay(options))
             or problem_of(lambda: check_model_and_optimizer(model, optimizer))

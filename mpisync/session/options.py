@@ -49,6 +49,11 @@ def chosen_policy(code: object) -> Policy:
 
 def check_communicator(comm: object) -> None:
     """Raise TypeError unless `comm` is an intracommunicator."""
+    if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
+        raise TypeError(
+            "comm must be an intracommunicator that this rank is in, not MPI.COMM_NULL: a rank that a Split or Create "
+            "has left out makes no session (if comm != MPI.COMM_NULL: ...)"
+        )
     if not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm must be an intracommunicator such as MPI.COMM_WORLD, not {comm!r}")
 

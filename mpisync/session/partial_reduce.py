@@ -18,6 +18,7 @@ from mpisync.aggregation.root import Root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
+from mpisync.kernels.jit import check_jit
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.arguments import optional_number, whole
@@ -135,7 +136,11 @@ class PartialReduce:
                 "PartialReduce needs a root and at least one worker, but the communicator has one "
                 "rank: start the script with `mpisync run -n 3 ...` or mpirun"
             )
-        problem = problem_of(lambda: ArrayForm(like)) or problem_of(lambda: chosen_policy(policy).check(comm.size - 1))
+        problem = (
+            problem_of(check_jit)
+            or problem_of(lambda: ArrayForm(like))
+            or problem_of(lambda: chosen_policy(policy).check(comm.size - 1))
+        )
         if parameters is not None and not problem:
             problem = problem_of(lambda: ArrayForm(like).taken(parameters, "the parameters"))
         if problem:

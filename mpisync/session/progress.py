@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TextIO
@@ -55,6 +55,7 @@ class Progress:
         total_steps: How many steps there will be; None if nobody knows.
         hosts: The host of each worker, in their order.
         stream: Where to print; the standard error stream unless given.
+        is_alive: Says of a worker whether it still takes part: one that has left is not slow.
 
     Example:
         >>> progress = Progress(4, ["a", "a"], stream=sys.stdout)
@@ -63,9 +64,14 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int | None, hosts: Sequence[str], stream: TextIO | None = None
+        self,
+        total_steps: int | None,
+        hosts: Sequence[str],
+        stream: TextIO | None = None,
+        *,
+        is_alive: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        self._total, self._hosts = total_steps, list(hosts)
+        self._total, self._hosts, self._is_alive = total_steps, list(hosts), is_alive
         self._stream = sys.stderr if stream is None else stream
         # launchers read the ranks' output through pipes, behind which there may be a terminal
         columns = settings.read("MPISYNC_COLUMNS") if stream is None else None
@@ -169,6 +175,8 @@ class Progress:
         notices = []
         for worker, pace in enumerate(self._paces):
             fault = _silence(pace, now_s, step, typical_s) or _slowness(pace, typical_s)
+            if fault and not self._is_alive(worker):
+                fault = ""
             if not fault:
                 pace.slow_since_s, pace.pause_s = None, _FIRST_PAUSE_S
                 continue

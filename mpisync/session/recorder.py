@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,7 @@ class Recorder:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._hosts: list[str] = []
+        self._is_alive: Callable[[int], bool] = lambda _: True
         self._progress: Progress | None = None
         self._header: RunHeader | None = None  # until it is written
         self._writer: RecordWriter | None = None
@@ -64,6 +65,10 @@ class Recorder:
                 self._writer = RecordWriter(options.record)
             except OSError as error:
                 raise ValueError(str(error)) from error
+
+    def watch(self, is_alive: Callable[[int], bool]) -> None:
+        """Take what says whether a gradient may still come from a worker."""
+        self._is_alive = is_alive
 
     def header(self, policy: str, hosts: Sequence[str], **about: Any) -> None:  # noqa: ANN401 (as RunHeader has them)
         """Take what is known of the run; `hosts` has one for each worker, `about` other fields of a RunHeader."""
@@ -82,19 +87,33 @@ class Recorder:
     def _write_header(self, steps: int | None) -> None:
         """Write the record's header, once it is known how many steps are planned."""
         if self._writer is not None and self._header is not None:
-            self._writer.header(replace(self._header, steps=steps))
-            self._header = None
+            header, self._header = self._header, None
+            self._write(lambda writer: writer.header(replace(header, steps=steps)), "is empty")
+
+    def _write(self, line: Callable[[RecordWriter], object], otherwise: str) -> None:
+        """Write a line; where that fails, say so once and go on without a record."""
+        if self._writer is None:
+            return
+        try:
+            line(self._writer)
+        except OSError as error:
+            print(
+                f"mpisync: the record {self._writer.path} {otherwise}, and the run goes on without: {error.strerror}",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._writer.close()
+            self._writer = None
 
     def begin(self, steps: int | None) -> None:
         """Begin the record and the progress line, at the loop's beginning; `steps` are to come."""
         self._write_header(steps)
         if self._options.progress:
-            self._progress = Progress(steps, self._hosts)
+            self._progress = Progress(steps, self._hosts, is_alive=self._is_alive)
 
     def step(self, record: StepRecord) -> None:
         """Report a published step."""
-        if self._writer is not None:
-            self._writer.step(record)
+        self._write(lambda writer: writer.step(record), f"ends before step {record.step}")
         if self._progress is not None:
             self._progress.step(record)
         if self._options.on_step is not None:
@@ -118,19 +137,18 @@ class Recorder:
         self._write_header(None)  # where the loop was never begun
         if self._progress is not None:
             print(summary(accounts, by_cost), file=sys.stderr, flush=True)
+        end = RunEnd(
+            version,
+            failure,
+            list(arrivals),
+            handed=[account.handed for account in accounts],
+            used=[account.used for account in accounts],
+            discarded=[account.discarded for account in accounts],
+            lost=[account.lost for account in accounts],
+            requeued=[account.requeued for account in accounts],
+            peak_rss_bytes=list(peak_rss_bytes),
+        )
+        self._write(lambda writer: writer.end(end), "lacks its last line")
         if self._writer is not None:
-            self._writer.end(
-                RunEnd(
-                    version,
-                    failure,
-                    list(arrivals),
-                    handed=[account.handed for account in accounts],
-                    used=[account.used for account in accounts],
-                    discarded=[account.discarded for account in accounts],
-                    lost=[account.lost for account in accounts],
-                    requeued=[account.requeued for account in accounts],
-                    peak_rss_bytes=list(peak_rss_bytes),
-                )
-            )
             self._writer.close()
             self._writer = None

@@ -138,6 +138,7 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, m
     links: list[RootLink] = []
     link: WorkerLink | None = None
     left, why_not = meeting.workers, ""
+    missed: Sequence[int] | None = None
     for name in _to_try(meeting):
         reached = TRANSPORTS[name](run, left)
         if meeting.is_root and reached.workers:
@@ -145,6 +146,7 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, m
         elif meeting.comm.rank in reached.workers:
             link = reached.worker_link()
         left = [worker for worker in left if worker not in reached.workers]
+        missed = left if missed is None else missed
         why_not = why_not or reached.why_not_all
         if not left:
             break
@@ -156,8 +158,34 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, m
         # With one buffer whoever still computes on what is overwritten is late; with several it is not, but messages
         # change parameters only while their worker waits.
         reads_in_place=link is not None and (buffers == 1 or not link.shares_parameters),
-        note=f"workers {[links[-1].workers]} use {links[-1].name}: {why_not}" if links and why_not else "",
+        note=_note(meeting, missed or (), why_not) if meeting.is_root else "",
     )
+
+
+def _note(meeting: Meeting, missed: Sequence[int], why_not: str) -> str:
+    """Say why the transport that was tried first does not reach some workers; "" where it reaches all."""
+    root = meeting.peers[meeting.root]
+    far = [worker for worker in missed if meeting.peers[worker].boot != root.boot]
+    near = [worker for worker in missed if worker not in far]
+    texts = []
+    if far:
+        hosts = ", ".join(dict.fromkeys(meeting.peers[worker].host for worker in far))
+        texts.append(f"{_workers(far)} on {hosts}, not on the root's machine {root.host}: gradients travel by messages")
+    if near:
+        cure = (
+            "free memory, or give a container a larger /dev/shm (docker run --shm-size=4g)"
+            if "wanted" in why_not
+            else "give containers the host's process ids or its /dev/shm (docker run --ipc=host --pid=host)"
+        )
+        texts.append(
+            f"{_workers(near)} cannot share memory with the root ({why_not}), so gradients travel by messages, which "
+            f"is slower: {cure}"
+        )
+    return "; ".join(texts)
+
+
+def _workers(workers: Sequence[int]) -> str:
+    return f"worker{'s' if len(workers) > 1 else ''} {', '.join(map(str, workers))}"
 
 
 def _to_try(meeting: Meeting) -> list[str]:

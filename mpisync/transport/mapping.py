@@ -22,7 +22,7 @@ class Memories:
     board: Board | None
     slots: dict[int, SharedMemory]
     mapped: Sequence[int] = ()  # workers that share memory with the root, as every rank knows them
-    why_not: str = ""  # what kept the ranks of this node from sharing memory
+    why_not: str = ""  # what kept ranks of the root's machine from sharing memory
 
     def all(self) -> list[SharedMemory]:
         """Return all memory that is mapped."""
@@ -69,7 +69,7 @@ def _share_once(
         try:
             return action()
         except OSError as error:
-            mine.why_not = str(error)
+            mine.why_not = error.strerror or str(error)
             return None
 
     if meeting.is_root:
@@ -94,7 +94,8 @@ def _share_once(
                 mine.slots[worker] = taken
     said = exchange(comm, json.dumps([sorted(mine.slots), mine.why_not]), "what it mapped")
     mine.mapped = json.loads(said[root])[0]
-    mine.why_not = next((why for text in said if (why := json.loads(text)[1])), "")
+    here = [text for peer, text in zip(meeting.peers, said, strict=True) if peer.boot == meeting.peers[root].boot]
+    mine.why_not = next((why for text in here if (why := json.loads(text)[1])), "")
     if not mine.mapped or comm.rank not in (root, *mine.mapped):
         mine.drop()
     for shared in mine.all():

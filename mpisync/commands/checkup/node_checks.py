@@ -223,21 +223,27 @@ def network(case: Case) -> Iterator[Finding]:
         return
     interfaces = {name for probe in case.ranks for name in probe.machine.interfaces}
     tripping = sorted(filter(_LOCAL_NETWORKS.match, interfaces))
-    decided = any("tcp_if_" in name for name in first.environ)
-    names = ",".join(tripping)
-    if not tripping or decided or first.mpi.family != "openmpi":
+    dead = sorted({name for probe in case.ranks for name in probe.machine.unplugged} - set(tripping))
+    decided = any("tcp_if_" in name or "prte_if_" in name for name in first.environ)
+    if not tripping + dead or decided or first.mpi.family != "openmpi":
         said = ", ".join(n for n in first.machine.interfaces if n != "lo") or "none but the loopback"
         yield Finding("network", f"interfaces: {said}{'; which to take is set in the environment' if decided else ''}")
         return
-    option = f"--mca btl_tcp_if_exclude {names},lo"
+    option = f"--mca btl_tcp_if_exclude {','.join(tripping + dead)},lo"
+    if dead:  # the launcher's own connections take them too
+        names = ",".join(dead)
+        own = f"--prtemca prte_if_exclude {names}" if first.mpi.version >= (5,) else f"--mca oob_tcp_if_exclude {names}"
+        option = f"{option} {own}"
     several_nodes = len(case.nodes) > 1
-    yield Finding(
-        "network",
-        f"{names} {'is' if len(tripping) == 1 else 'are'} local to each host, and Open MPI may hang when it tries to "
-        "reach other hosts there",
-        f"{'' if several_nodes else 'with several nodes: '}mpirun {option}, or mpisync run --launcher-args '{option}'",
-        must=several_nodes,
-    )
+    do = f"{'' if several_nodes else 'with several nodes: '}mpirun {option}, or mpisync run --launcher-args '{option}'"
+    if tripping:
+        names, verb = ",".join(tripping), "is" if len(tripping) == 1 else "are"
+        says = f"{names} {verb} local to each host, and Open MPI may hang when it tries to reach other hosts there"
+        yield Finding("network", says, do, must=several_nodes)
+    if dead:
+        names, verb = ",".join(dead), "has" if len(dead) == 1 else "have"
+        says = f'{names} {verb} an address and no carrier, and Open MPI may end there with "No route to host"'
+        yield Finding("network", says, do, must=several_nodes)
 
 
 def settings(case: Case) -> Iterator[Finding]:

@@ -53,6 +53,7 @@ class Machine:
     infiniband: bool
     gpu_files: int  # GPUs that the kernel's driver shows
     interfaces: tuple[str, ...]  # with an IPv4 address
+    unplugged: tuple[str, ...] = ()  # of these, up and without a carrier
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def probe(environ: Mapping[str, str] = os.environ) -> list[Probe]:
 
 def look(environ: Mapping[str, str] = os.environ) -> Probe:
     """Look at this machine, without MPI."""
-    peer, cores = Peer.here(0), tuple(sorted(os.sched_getaffinity(0)))
+    peer, cores, interfaces = Peer.here(0), tuple(sorted(os.sched_getaffinity(0))), _interfaces()
     machine = Machine(
         host=peer.host,
         node=peer.boot,
@@ -68,7 +68,8 @@ def look(environ: Mapping[str, str] = os.environ) -> Probe:
         shm_bytes=_shm_bytes(),
         infiniband=any(Path("/sys/class/infiniband").glob("*")),
         gpu_files=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
-        interfaces=_interfaces(),
+        interfaces=interfaces,
+        unplugged=unplugged(interfaces),
     )
     found = Probe(
         machine=machine,
@@ -176,6 +177,11 @@ def _interfaces() -> tuple[str, ...]:
                 continue
             found.append(name)
     return tuple(found)
+
+
+def unplugged(interfaces: Iterable[str], folder: Path = Path("/sys/class/net")) -> tuple[str, ...]:
+    """Return the interfaces that are up and have no carrier; of one that is down it cannot be read."""
+    return tuple(name for name in interfaces if name != "lo" and _read(folder / name / "carrier").strip() == "0")
 
 
 def _read(path: Path) -> str:

@@ -29,6 +29,7 @@ from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update, advice_on
 from mpisync.model.write_sample import MemorySample
 from mpisync.session.distributed_model import DistributedModel
+from mpisync.session.equal_batches import EqualBatches
 from mpisync.session.loop import LoopOptions, pool_of
 from mpisync.session.options import Options
 from mpisync.session.recorder import Recorder
@@ -85,9 +86,11 @@ class RootRole(Role):
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
-        self._warned = self._told = self._has_served = self._is_in_loop = False
+        self._equals = EqualBatches()
+        self._told = self._has_served = self._is_in_loop = False
         assert recorder is not None  # else DistributedModel has raised the problem
         self._recorder = recorder
+        self._recorder.watch(lambda worker: self._root.roster.members[worker].is_alive)
         if advice := advice_on(optimizer):
             print(advice, file=sys.stderr, flush=True)
         peers = self._participant.meeting.peers
@@ -222,17 +225,9 @@ class RootRole(Role):
     def _warn_of_equals(self, closed: ClosedStep) -> None:
         if isinstance(self._late, Requeue):
             return  # no two have the same batch, though it may be in a list twice or in two epochs
-        seen: dict[int, int] = {}
-        for (worker, _), fingerprint in zip(closed.accepted, closed.fingerprints, strict=True):
-            other = seen.setdefault(fingerprint, worker)
-            if fingerprint and other != worker and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"workers {other} and {worker} sent equal gradients for step {closed.step}: do "
-                    "they draw the same batches? A sampler or iterable of your own must give each "
-                    "worker (session.worker of session.workers) data of its own",
-                    stacklevel=2,
-                )
+        workers = (worker for worker, _ in closed.accepted)
+        if told := self._equals.see(zip(workers, closed.fingerprints, strict=True)):
+            warnings.warn(told, stacklevel=2)
 
     def samples(self) -> dict[str, Any]:
         """Return every worker's account and place in the data."""

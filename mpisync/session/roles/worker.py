@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-import zlib
 from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from mpisync import settings
@@ -23,7 +22,7 @@ from mpisync.data.retry import RetriedBatches
 from mpisync.model.carry import CarriedGradient
 from mpisync.model.copies import Values
 from mpisync.model.flat import Packed
-from mpisync.model.gradients import array_of, peak_of
+from mpisync.model.gradients import peak_of
 from mpisync.model.guards import REMEDY
 from mpisync.model.scheduler import Schedule
 from mpisync.model.update import Averages
@@ -37,8 +36,6 @@ from mpisync.session.roles.base import Role
 from mpisync.session.torch_threads import torch_threads
 from mpisync.session.worker_parameters import WorkerParameters
 from mpisync.transport.wire import GradientInfo
-
-_SAMPLE = 256  # elements of a gradient that its fingerprint looks at
 
 
 class WorkerRole(Role):
@@ -59,8 +56,6 @@ class WorkerRole(Role):
         link = self._worker.link
         self._slot = self._flat.views(link.layout.arrays(link.gradient))
         extras = link.layout.extras(link.gradient)
-        largest = max(self._slot.segments, key=Tensor.numel)
-        self._sampled = array_of(largest)[:: max(1, largest.numel() // _SAMPLE)]
         self._presence = extras[: len(self._flat.parameters)]
         self._buffers = self._flat.buffers.views(extras[self._distributed.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
@@ -187,7 +182,7 @@ class WorkerRole(Role):
                 total,
                 loss,
                 data_s=basis.data_s,
-                fingerprint=0 if initialised else self._fingerprint(),
+                fingerprint=basis.fingerprint,
                 peak=peak,
                 batches=basis.batches,
                 carries=carries,
@@ -202,11 +197,6 @@ class WorkerRole(Role):
             self._carried.judged(version, total, is_late=is_late, carries=carries)
         self._pull()
         return verdict
-
-    def _fingerprint(self) -> int:
-        """Return a number that two workers share only if they computed the same gradient; 0 for zeros."""
-        sample = self._sampled.tobytes()
-        return zlib.crc32(sample) if sample.strip(b"\0\x80") else 0  # zeros of either sign
 
     def _pull(self) -> None:
         """Take the newest parameters and module buffers, or leave the loop with its last where that is over."""
