@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mpisync.model.flat import FlatModel
-from mpisync.model.signature import describe
+from mpisync.model.signature import describe, plain_name
 
 
 def initial_average(flat: FlatModel, kept: Mapping[str, Any] | None) -> list[Tensor]:
@@ -30,9 +30,10 @@ def initial_average(flat: FlatModel, kept: Mapping[str, Any] | None) -> list[Ten
             "average must be what session.state_dict()['average'] was on the root, or session.average, not a "
             f"{type(kept).__name__}"
         )
+    tensors = {plain_name(name): value for name, value in kept.items()}
     values = []
     for name, parameter in zip(flat.names, parameters, strict=True):
-        value = kept.get(name)
+        value = tensors.get(name)
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"average has no tensor for parameter {name!r}: pass what session.state_dict()['average'] was on the "

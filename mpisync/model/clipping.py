@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import clip_grad
 
@@ -48,7 +49,7 @@ class ClipWatch:
 
     def meet(self, frame: FrameType, gradients: Iterable[object]) -> None:
         """Tell what the clipping in `frame` does, if it is of the session's gradients, and watch no longer."""
-        limit = frame.f_locals[_CLIPPING[frame.f_code.co_name]]
+        limit = float(frame.f_locals[_CLIPPING[frame.f_code.co_name]])
         own = {id(parameter.grad) for parameter in self._parameters if parameter.grad is not None}
         if not math.isfinite(limit) or not any(id(gradient) in own for gradient in gradients):
             return  # an infinite one only measures
@@ -64,8 +65,9 @@ class ClipWatch:
 
 
 def _group(tensors: Any, *args: Any, **options: Any) -> Any:
-    frame = sys._getframe(1)
-    if frame.f_code.co_name in _CLIPPING:  # else a norm is measured
+    # a compiler cannot follow frames, and needs nothing of it
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    if frame is not None and frame.f_code.co_name in _CLIPPING:  # else a norm is measured
         for watch in list(_watches):
             watch.meet(frame, tensors[0])
     return _originals[-1](tensors, *args, **options)
