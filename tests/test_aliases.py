@@ -10,7 +10,7 @@ from training import DATA, WORKERS, fails_everywhere, flat, train
 import mpisync
 from mpisync.model.aliases import ComputedViews, check_aliases
 from mpisync.model.flat import FlatModel
-from mpisync.model.validation import check_model_and_optimizer
+from mpisync.model.validation import check_model_and_optimizers
 
 CURE = "make the view where it is used (in forward), or tie the two by assigning the same Parameter to both"
 
@@ -55,7 +55,7 @@ LOOKS = {
 def test_whatever_looks_into_a_trained_parameter_is_refused_by_name(what):
     model = Two(LOOKS[what])
     with pytest.raises(ValueError, match="looks into the memory of parameter") as caught:
-        check_aliases(model, sgd(model))
+        check_aliases(model, [sgd(model)])
     said = str(caught.value)
     assert said.replace('"', "'").startswith(f"{what} looks into the memory of parameter 'a.") and CURE in said
 
@@ -79,11 +79,11 @@ class Keeping(torch.optim.SGD):
 def test_an_optimizer_that_keeps_views_is_refused():
     model = Two()
     with pytest.raises(ValueError, match=r"the optimizer's 'fast\[0\]' looks into the memory of parameter 'a.weight'"):
-        check_aliases(model, Keeping(model.parameters()))
+        check_aliases(model, [Keeping(model.parameters())])
     optimizer = sgd(model, momentum=0.9)
     model(DATA.tensors[0][:4]).sum().backward()
     optimizer.step()
-    check_aliases(model, optimizer)
+    check_aliases(model, [optimizer])
 
 
 def test_a_frozen_parameter_in_a_trained_ones_memory_is_refused():
@@ -133,14 +133,14 @@ RIGHT = {"two views": two_views, "spectral": spectral, "tied": tied, "frozen": f
 @pytest.mark.parametrize("kind", RIGHT)
 def test_what_moves_along_passes(kind):
     model = Two(RIGHT[kind])
-    check_model_and_optimizer(model, sgd(model))
-    check_aliases(model, sgd(model))
+    check_model_and_optimizers(model, [sgd(model)])
+    check_aliases(model, [sgd(model)])
     ComputedViews(model).check()
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM(2, 3, 2, bidirectional=True), nn.GRU(2, 3), nn.MultiheadAttention(4, 2)])
 def test_layers_that_list_their_parameters_pass(layer):
-    check_aliases(layer, sgd(layer))
+    check_aliases(layer, [sgd(layer)])
 
 
 def one_process(make, steps, batches):
@@ -196,8 +196,8 @@ class Words(nn.Module):
 def test_an_embedding_that_rescales_in_forward_is_refused(kind):
     model = Words(kind, max_norm=1.5, norm_type=1.0)
     with pytest.raises(TypeError, match=rf"module 'words' is an {kind.__name__}\(max_norm=1.5\).*renorm_\(1, 0, 1.5\)"):
-        check_model_and_optimizer(model, sgd(model))
-    check_model_and_optimizer(plain := Words(kind), sgd(plain))
+        check_model_and_optimizers(model, [sgd(model)])
+    check_model_and_optimizers(plain := Words(kind), [sgd(plain)])
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])

@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 
 from mpisync.model.flat import FlatModel
-from mpisync.model.guards import FrozenWatch, GroupWatch, WriteWatch, forbid_steps
-from mpisync.model.scheduler import check_scheduler
+from mpisync.model.guards import FrozenWatch, GroupWatch, StepTrap, WriteWatch
+from mpisync.model.scheduler import check_schedulers
 from mpisync.model.update import advice_on
-from mpisync.model.validation import check_model_and_optimizer
+from mpisync.model.validation import check_model_and_optimizers
 
 
 def sgd(model, **options):
@@ -24,7 +24,7 @@ def sgd(model, **options):
 def refused(model, optimizer=None):
     """The error with which a model (and an optimizer) is refused."""
     with pytest.raises((TypeError, ValueError)) as caught:
-        check_model_and_optimizer(model, optimizer or sgd(model))
+        check_model_and_optimizers(model, [optimizer or sgd(model)])
     return str(caught.value)
 
 
@@ -64,12 +64,12 @@ def test_ordinary_models_and_optimizers_pass(model, make):
     built = model()
     optimizer = make(built)
     lr_scheduler.StepLR(optimizer, 1)
-    check_model_and_optimizer(built, optimizer)
+    check_model_and_optimizers(built, [optimizer])
 
 
 def test_an_optimizer_of_a_part_of_the_model_passes():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    check_model_and_optimizer(model, sgd(model[1]))
+    check_model_and_optimizers(model, [sgd(model[1])])
 
 
 class SecondOrder(torch.optim.SGD):
@@ -122,7 +122,7 @@ def test_lazy_parameters_are_refused_until_one_forward_has_run():
         nn.LazyBatchNorm1d(affine=False), sgd(nn.Linear(1, 1))
     )
     model(torch.randn(1, 2))
-    check_model_and_optimizer(model, sgd(model))
+    check_model_and_optimizers(model, [sgd(model)])
 
 
 def test_meta_parameters_and_buffers_are_refused():
@@ -147,7 +147,7 @@ def test_tensor_subclasses_are_refused_by_type_and_parameter_subclasses_are_not(
     model.weight = nn.Parameter(torch.zeros(2).as_subclass(Fancy))
     assert "parameter 'weight' is a Fancy" in refused(model)
     model.weight = Named(torch.zeros(2))
-    check_model_and_optimizer(model, sgd(model))
+    check_model_and_optimizers(model, [sgd(model)])
 
 
 @pytest.mark.usefixtures("process_group")
@@ -169,7 +169,7 @@ def test_models_wrapped_for_data_parallel_training_are_refused_by_name():
     assert refused(model).startswith("the model is a DistributedDataParallel: pass model.module")
     inside = nn.Sequential(model)
     assert refused(inside).startswith("module '0' is a DistributedDataParallel")
-    check_model_and_optimizer(model.module, sgd(model))
+    check_model_and_optimizers(model.module, [sgd(model)])
 
     sharded = nn.Linear(2, 2)
     fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
@@ -188,7 +188,7 @@ def test_fsdp_is_refused_by_name():
 
 def test_a_users_class_of_the_same_name_is_none_of_them():
     model = type("FSDPModule", (nn.Linear,), {})(2, 2)
-    check_model_and_optimizer(model, sgd(model))
+    check_model_and_optimizers(model, [sgd(model)])
 
 
 def test_dtypes_beyond_the_table_are_refused_where_they_are_trained():
@@ -197,7 +197,7 @@ def test_dtypes_beyond_the_table_are_refused_where_they_are_trained():
     assert "parameter 'wave' is complex64: use one of float64" in refused(model)
     model.wave.requires_grad_(False)
     model.weight = nn.Parameter(torch.zeros(2))
-    check_model_and_optimizer(model, sgd(model))
+    check_model_and_optimizers(model, [sgd(model)])
 
 
 def test_sparse_parameters_are_refused():
@@ -221,7 +221,7 @@ def test_an_optimizer_of_another_models_parameters_is_refused():
 def test_other_objects_are_refused_by_type():
     model = nn.Linear(2, 2)
     assert refused([model], sgd(model)) == "model must be a torch.nn.Module, not list"
-    assert refused(model, [sgd(model)]) == "optimizer must be one torch.optim.Optimizer, not list"
+    assert refused(model, [sgd(model)]) == "optimizer must be a torch.optim.Optimizer, or a list of them, not list"
 
 
 def test_names_come_without_what_compile_puts_into_them():
@@ -246,14 +246,14 @@ class ByScore(lr_scheduler.ReduceLROnPlateau):
 def test_schedulers_that_need_more_than_a_loss_are_refused_by_name():
     optimizer = sgd(nn.Linear(2, 2))
     plateau = lr_scheduler.ReduceLROnPlateau(optimizer)
-    for fine in (None, lr_scheduler.StepLR(optimizer, 1), plateau, ByScore(optimizer)):
-        check_scheduler(fine, optimizer)
+    for fine in (lr_scheduler.StepLR(optimizer, 1), plateau, ByScore(optimizer)):
+        check_schedulers([fine], [optimizer])
     with pytest.raises(TypeError, match=r"ByEpoch.step needs epoch, .*: step it in on_step="):
-        check_scheduler(ByEpoch(), optimizer)
+        check_schedulers([ByEpoch()], [optimizer])
     with pytest.raises(TypeError, match="scheduler must have a step.* int has none"):
-        check_scheduler(3, optimizer)
+        check_schedulers([3], [optimizer])
     with pytest.raises(ValueError, match="the scheduler, StepLR, is of another optimizer"):
-        check_scheduler(lr_scheduler.StepLR(sgd(nn.Linear(2, 2)), 1), optimizer)
+        check_schedulers([lr_scheduler.StepLR(sgd(nn.Linear(2, 2)), 1)], [optimizer])
 
 
 # --- advice ----------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_a_left_over_step_says_which_line_to_delete():
     optimizer = sgd(model)
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     before = copy.deepcopy(optimizer.state_dict())
-    with forbid_steps(optimizer, scheduler):
+    with StepTrap(optimizer, scheduler):
         optimizer.zero_grad()
         with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) .* delete this line"):
             optimizer.step()
@@ -308,7 +308,7 @@ def test_undoing_leaves_everything_exactly_as_it_was():
         optimizer = sgd(model)
         scheduler = lr_scheduler.StepLR(optimizer, 1) if with_scheduler else None
         attributes, kind = dict(vars(optimizer)), type(scheduler)
-        trap = forbid_steps(optimizer, scheduler)
+        trap = StepTrap(*filter(None, (optimizer, scheduler)))
         trap.undo()
         trap.undo()
         assert vars(optimizer) == attributes
@@ -324,7 +324,7 @@ def test_undoing_leaves_everything_exactly_as_it_was():
 
 def test_it_is_undone_when_the_session_ends_by_an_exception():
     optimizer = sgd(nn.Linear(2, 2))
-    with pytest.raises(KeyError), forbid_steps(optimizer):
+    with pytest.raises(KeyError), StepTrap(optimizer):
         raise KeyError
     assert "step" not in vars(optimizer)
 
@@ -333,7 +333,7 @@ def test_a_schedulers_state_can_be_saved_and_its_type_checked_meanwhile():
     optimizer = sgd(nn.Linear(2, 2))
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     before = scheduler.state_dict()
-    with forbid_steps(optimizer, scheduler):
+    with StepTrap(optimizer, scheduler):
         assert scheduler.state_dict() == before
         assert isinstance(scheduler, lr_scheduler.StepLR)
         assert type(scheduler).__name__ == "StepLR"
@@ -355,7 +355,7 @@ def test_every_kind_of_scheduler_is_trapped(make):
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9)
     scheduler = make(optimizer)
     with (
-        forbid_steps(optimizer, scheduler),
+        StepTrap(optimizer, scheduler),
         pytest.raises(RuntimeError, match=r"scheduler\.step\(\)"),
     ):
         scheduler.step(1.0)
@@ -363,7 +363,7 @@ def test_every_kind_of_scheduler_is_trapped(make):
 
 def test_a_scheduler_may_be_made_while_steps_are_forbidden():
     optimizer = sgd(nn.Linear(2, 2))
-    with forbid_steps(optimizer):
+    with StepTrap(optimizer):
         scheduler = lr_scheduler.StepLR(optimizer, 5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about the order of the steps
@@ -378,7 +378,7 @@ def test_a_gradient_scaler_runs_into_the_trap_too():
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model(torch.ones(1, 2)).sum()).backward()
-    with forbid_steps(optimizer), pytest.raises(RuntimeError, match=r"unscale_\(optimizer\); session\.step\(loss\)"):
+    with StepTrap(optimizer), pytest.raises(RuntimeError, match=r"unscale_\(optimizer\); session\.step\(loss\)"):
         scaler.step(optimizer)
 
 
@@ -414,7 +414,7 @@ def test_a_scheduler_that_the_session_does_not_know_is_noticed():
     optimizer = sgd(nn.Linear(2, 2))
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     watch = GroupWatch(optimizer)
-    with forbid_steps(optimizer), warnings.catch_warnings():
+    with StepTrap(optimizer), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about the order of the steps
         scheduler.step()
     with pytest.raises(RuntimeError, match=r"'lr'\] was changed from 0.1 to 0.05"):

@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from training import WORKERS, fails_everywhere, flat, new_model, on_all, sgd
 
 import mpisync
-from mpisync.model.guards import forbid_steps
+from mpisync.model.guards import StepTrap
 from mpisync.model.loss_scaling import ScaleWatch, refuse_scaled
 
 SCALE = 2.0**16
@@ -95,7 +95,7 @@ def test_unscaled_gradients_train_as_one_process_on_the_union(comm, monkeypatch,
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     found, _ = train(comm, body, scaler=kind("cpu", init_scale=SCALE))
     assert abs(found - reference(4, clipped=body is clipped)).max() < 1e-9
-    assert "scale" not in vars(forbid_steps) and GradScaler.scale.__name__ == "scale"
+    assert "scale" not in vars(StepTrap) and GradScaler.scale.__name__ == "scale"
     assert not hasattr(GradScaler.scale, "__wrapped__"), "torch's own again"
 
 

@@ -14,7 +14,7 @@ from training import DATA, WORKERS, fails_everywhere, flat, new_model, sgd, trai
 import mpisync
 from mpisync.model import update
 from mpisync.model.optimizer_traps import OptimizerTrap, layers
-from mpisync.model.validation import check_model_and_optimizer
+from mpisync.model.validation import check_model_and_optimizers
 
 ROOT = WORKERS
 
@@ -145,7 +145,7 @@ class Bare(torch.optim.Optimizer):
 
 def test_an_optimizer_without_groups_is_refused():
     with pytest.raises(TypeError, match="Bare has no param_groups, so the session cannot see what it trains"):
-        check_model_and_optimizer(new_model(), Bare())
+        check_model_and_optimizers(new_model(), [Bare()])
 
 
 def test_plain_sgd_is_told_by_its_type_and_where_torch_has_other_names_it_is_not_plain(monkeypatch):
@@ -167,9 +167,9 @@ def test_it_must_be_in_the_mode_for_training():
     model = new_model()
     for optimizer in (Averaging(model.parameters()), Wrapped(Averaging(model.parameters()))):
         with pytest.raises(ValueError, match=r"mode for evaluation, .* call optimizer.train\(\) before Session"):
-            check_model_and_optimizer(model, optimizer)
+            check_model_and_optimizers(model, [optimizer])
         optimizer.train()
-        check_model_and_optimizer(model, optimizer)
+        check_model_and_optimizers(model, [optimizer])
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])

@@ -43,8 +43,8 @@ class Trained:
         self.optimizer = torch.optim.Adam([self.parameter], lr=0.1)
         self.average = self.parameter.detach().clone()
         scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 7, gamma=0.5)
-        self.schedule = Schedule(scheduler, self.optimizer)
-        self.update = Update([self.parameter], self.optimizer, 5.0, 0.9, [self.average])
+        self.schedule = Schedule([scheduler], [self.optimizer])
+        self.update = Update([self.parameter], [self.optimizer], [self.average], clip_norm=5.0, decay=0.9)
 
     def take(self, closed):
         self.parameter.grad = torch.from_numpy(closed.mean[0].copy())

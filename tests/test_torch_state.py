@@ -161,4 +161,7 @@ def test_half_precision_is_summed_in_float32(state):
         mean = flat.views([torch.ones(count, dtype=torch.float32) for _, count in flat.segments])
         flat.assign_gradients(mean, b"\1" * len(flat.parameters))
     assert all(p.grad.dtype is torch.bfloat16 and (p.grad == 1).all() for p in flat.parameters)
-    assert Update(flat.parameters, torch.optim.SGD(flat.parameters, lr=0.1), 1.0, None, []).spans(flat.places) == []
+    assert Update(flat.parameters, [torch.optim.SGD(flat.parameters, lr=0.1)]).spans(flat.places)
+    for clips in ({"clip_norm": 1.0}, {"clip_value": 1.0}):
+        update = Update(flat.parameters, [torch.optim.SGD(flat.parameters, lr=0.1)], **clips)
+        assert update.spans(flat.places) == []

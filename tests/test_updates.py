@@ -220,6 +220,30 @@ def test_gradients_weighted_by_samples_are_those_of_one_process_on_the_union(com
 
 
 @pytest.mark.parallel(WORKERS + 1)
+@pytest.mark.parametrize("cure", ["none", "times the gradients of a mean", "the mean, weighted"])
+def test_a_sum_over_samples_is_cured_by_the_number_of_gradients_or_is_made_a_mean(comm, cure):
+    """Against one process that sums over the union; a mean differs from that by the samples of it, here 12."""
+    sizes = (2, 10) * 5 + (4,)
+    batches = list(zip(*(tensor.split(sizes) for tensor in DATA.tensors), strict=True))[:10]
+    weighted = cure == "the mean, weighted"
+    model, twin = new_model(), new_model()
+    settings = {"policy": mpisync.BackupWorkers(0), "weight": "samples" if weighted else "equal", "progress": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 * (12 if weighted else 1))
+    with mpisync.Session(comm, model, optimizer, **settings) as session:
+        for x, y in session.batches(batches, steps=5):
+            loss = F.cross_entropy(model(x), y, reduction="mean" if weighted else "sum")
+            (loss * (session.workers if "times" in cure else 1)).backward()
+            session.step(loss)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.01)
+    for step in range(5):
+        optimizer.zero_grad()
+        for x, y in batches[2 * step : 2 * step + 2]:
+            F.cross_entropy(twin(x), y, reduction="sum").backward()
+        optimizer.step()
+    assert np.allclose(flat(model), flat(twin), rtol=1e-9, atol=1e-12) == (cure != "none")
+
+
+@pytest.mark.parallel(WORKERS + 1)
 def test_a_parameter_that_no_worker_uses_is_left_alone_by_weight_decay(comm):
     torch.manual_seed(0)
     model = Shared().double()

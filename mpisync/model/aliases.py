@@ -7,7 +7,7 @@ memory would keep the first version's values.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,10 +33,10 @@ class Alias(NamedTuple):
     parameter: str
 
 
-def check_aliases(model: nn.Module, optimizer: Optimizer) -> None:
+def check_aliases(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError for a buffer, an attribute or an optimizer's tensor that looks into a trained parameter."""
     memory = _Memory(model)
-    for alias in memory.aliases(_tensors(model, optimizer)):
+    for alias in memory.aliases(_tensors(model, optimizers)):
         if alias.tensor.is_leaf:
             raise ValueError(f"{alias.what} looks into the memory of parameter {alias.parameter!r}: {_CURE}")
 
@@ -91,12 +91,12 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if _is_dense(buffer):
             yield f"buffer {plain_name(name)!r}", buffer
     yield from _attributes(model)
-    for layer in layers(optimizer):
+    for layer in (layer for optimizer in optimizers for layer in layers(optimizer)):
         for path, value in inside({key: value for key, value in vars(layer).items() if key != "param_groups"}):
             if isinstance(value, Tensor) and _is_dense(value):
                 yield f"the optimizer's {path!r}", value

@@ -23,42 +23,43 @@ REMEDY = (
 
 
 class StepTrap:
-    """A trap that makes optimizer.step() and scheduler.step() raise until it is undone."""
+    """A trap that makes the step() of optimizers and schedulers raise until it is undone.
 
-    def __init__(self, optimizer: Optimizer, scheduler: Any | None) -> None:  # noqa: ANN401
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        # A scheduler has put a wrapper of its own there, in the instance: it must come back.
-        self._step = vars(optimizer).get("step")
-        vars(optimizer)["step"] = _optimizer_step
-        self._kind = type(scheduler)
-        if scheduler is not None:
-            # Its class, not its instance: state_dict() returns whatever the instance holds.
-            names = {"step": _scheduler_step, "__module__": self._kind.__module__}
-            scheduler.__class__ = type(self._kind.__name__, (self._kind,), names)
-        self._set = True
+    Args:
+        stepped: Optimizers, and schedulers.
+    """
+
+    def __init__(self, *stepped: Any) -> None:  # noqa: ANN401 (as in torch)
+        self._optimizers: list[tuple[Optimizer, Any]] = []
+        self._schedulers: list[tuple[Any, type]] = []
+        for one in stepped:
+            if isinstance(one, Optimizer):
+                # A scheduler has put a wrapper of its own there, in the instance: it must come back.
+                self._optimizers.append((one, vars(one).get("step")))
+                vars(one)["step"] = _optimizer_step
+            else:
+                # Its class, not its instance: state_dict() returns whatever the instance holds.
+                kind = type(one)
+                self._schedulers.append((one, kind))
+                names = {"step": _scheduler_step, "__module__": kind.__module__}
+                one.__class__ = type(kind.__name__, (kind,), names)
 
     def undo(self) -> None:
         """Put both step() back as they were; a second call does no harm."""
-        if not self._set:
-            return
-        self._set = False
-        del vars(self._optimizer)["step"]
-        if self._step is not None:
-            vars(self._optimizer)["step"] = self._step
-        if self._scheduler is not None:
-            self._scheduler.__class__ = self._kind
+        while self._optimizers:
+            optimizer, step = self._optimizers.pop()
+            del vars(optimizer)["step"]
+            if step is not None:
+                vars(optimizer)["step"] = step
+        while self._schedulers:
+            scheduler, kind = self._schedulers.pop()
+            scheduler.__class__ = kind
 
     def __enter__(self) -> StepTrap:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
-
-
-def forbid_steps(optimizer: Optimizer, scheduler: Any | None = None) -> StepTrap:  # noqa: ANN401
-    """Make left-over calls of step() on a worker say which line to delete."""
-    return StepTrap(optimizer, scheduler)
 
 
 def _optimizer_step(*_: object, **__: object) -> NoReturn:
@@ -85,10 +86,15 @@ def _scheduler_step(*_: object, **__: object) -> NoReturn:
 
 
 class GroupWatch:
-    """A watch for changes of the optimizer's param_groups by a worker, where they have no effect."""
+    """A watch for changes of an optimizer's param_groups by a worker, where they have no effect.
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    Args:
+        optimizer: Whose.
+        where: Which one it is, in messages, where there are several.
+    """
+
+    def __init__(self, optimizer: Optimizer, where: str = "") -> None:
+        self._optimizer, self._where = optimizer, where
         self.reset()
 
     def reset(self) -> None:
@@ -128,7 +134,7 @@ class GroupWatch:
                 now = group.get(key, "nothing")
                 if key != "params" and now is not value and not _same(now, value):
                     raise RuntimeError(
-                        f"param_groups[{index}][{key!r}] was changed from {value} to {now} on a "
+                        f"{self._where}param_groups[{index}][{key!r}] was changed from {value} to {now} on a "
                         "worker, where it has no effect: the root's optimizer makes the updates; "
                         "use Session(..., scheduler=scheduler), or change it in on_step=, which "
                         "runs at the root"
@@ -136,7 +142,7 @@ class GroupWatch:
             members, kept = group["params"], self._members[index]
             if len(members) != len(kept) or not all(map(operator.is_, members, kept)):
                 raise RuntimeError(
-                    f"param_groups[{index}]['params'] was changed on a worker: choose the "
+                    f"{self._where}param_groups[{index}]['params'] was changed on a worker: choose the "
                     "parameters before Session, on every rank"
                 )
 

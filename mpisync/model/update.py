@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
+from mpisync.model.optimizer_traps import layers
 from mpisync.model.tensor_layout import TensorLayout
 from mpisync.transport.layout import SgdSpan
 
@@ -30,32 +31,38 @@ class Update:
 
     Args:
         parameters: What is trained.
-        optimizer: Any torch optimizer that needs no closure.
-        clip_norm: The largest global norm of the mean gradient; None for no clipping.
-        decay: Of the exponential moving average; None for none.
+        optimizers: Any torch optimizers that need no closure; they are stepped in order.
         average: Where the average lies, one tensor a parameter.
+        clip_norm: The largest global norm of the mean gradient; None for no clipping.
+        clip_value: The largest magnitude of its elements, before their norm is taken; None for no clipping.
+        decay: Of the exponential moving average; None for none.
     """
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
-        optimizer: Optimizer,
-        clip_norm: float | None,
-        decay: float | None,
-        average: Sequence[Tensor],
+        optimizers: Sequence[Optimizer],
+        average: Sequence[Tensor] = (),
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        decay: float | None = None,
     ) -> None:
-        self._parameters, self._optimizer = parameters, optimizer
-        self._clip_norm, self._decay, self._average = clip_norm, decay, list(average)
+        self._parameters, self._optimizers = parameters, tuple(optimizers)
+        self._clip_norm, self._clip_value = clip_norm, clip_value
+        self._decay, self._average = decay, list(average)
+        # several would each need the parameters of its own; clipping needs the whole mean first
+        self._may_fuse = len(self._optimizers) == 1 and clip_norm is None and clip_value is None
 
     def spans(self, places: Sequence[TensorLayout]) -> list[SgdSpan]:
         """Return the spans and rates of the next update, where it is theta - rate * mean and nothing else; else none.
 
         That is `torch.optim.SGD` as it comes, with no hook that might want to see its gradients.
         """
-        if self._clip_norm is not None or not _is_plain(self._optimizer) or not _matches_torch_rounding():
+        if not self._may_fuse or not _is_plain(self._optimizers[0]) or not _matches_torch_rounding():
             return []
         rates: dict[nn.Parameter, float] = {}
-        for group in self._optimizer.param_groups:
+        for group in self._optimizers[0].param_groups:
             if any(group.get(name) for name in _UNSUPPORTED_BY_FUSED) or not isinstance(group["lr"], float):
                 return []
             rates.update(dict.fromkeys(group["params"], group["lr"]))
@@ -72,9 +79,12 @@ class Update:
 
     def apply(self) -> None:
         """Update the parameters from their gradients, which they keep."""
+        if self._clip_value is not None:
+            nn.utils.clip_grad_value_(self._parameters, self._clip_value)
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.move_average()
 
     def move_average(self) -> None:
@@ -121,6 +131,27 @@ def _matches_torch_rounding() -> bool:
     after = before.copy()
     Reducer().fused_sgd_step(after, [mean], DTYPES["float32"], rate=0.3)
     return torch.equal(torch.from_numpy(after), torch.from_numpy(before).add(torch.from_numpy(mean), alpha=-0.3))
+
+
+def left_out(named: Iterable[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> str:
+    """Say which trainable parameters no optimizer updates; "" where there are none.
+
+    Args:
+        named: All that are trained, with their names.
+        optimizers: Theirs.
+    """
+    groups = [group for optimizer in optimizers for one in layers(optimizer) for group in one.param_groups]
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    names = [name for name, parameter in named if id(parameter) not in known]
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"mpisync: parameter {', '.join(map(repr, names[:3]))}{more} of the model is trainable and in no param group "
+        "of an optimizer, so nothing updates it: give it to the optimizer, or to another one beside it, Session(comm, "
+        "model, [optimizer, other]); or freeze it before Session, parameter.requires_grad_(False), which saves sending "
+        "its gradient"
+    )
 
 
 def advice_on(optimizer: Optimizer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ WRAPPERS = {
 }
 
 
-def check_model_and_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+def check_model_and_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise TypeError or ValueError for a model or an optimizer that a session cannot train."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -33,7 +34,11 @@ def check_model_and_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         _check_tensor(f"buffer {plain_name(name)!r}", buffer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameters: none has requires_grad=True")
-    _check_optimizer(model, optimizer)
+    if not optimizers:
+        raise ValueError("optimizer must be a torch.optim.Optimizer, or a list of one or more, not an empty list")
+    for optimizer in optimizers:
+        _check_optimizer(model, optimizer)
+    _check_disjoint(model, optimizers)
 
 
 def _check_modules(model: nn.Module) -> None:
@@ -96,7 +101,7 @@ def _check_parameter(what: str, parameter: Tensor) -> None:
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizer must be one torch.optim.Optimizer, not {type(optimizer).__name__}"
+            f"optimizer must be a torch.optim.Optimizer, or a list of them, not {type(optimizer).__name__}"
         )
     name = type(optimizer).__name__
     if not isinstance(getattr(optimizer, "param_groups", None), list):
@@ -117,6 +122,20 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
                 raise ValueError(
                     f"param_groups[{index}]['params'][{position}], {list(parameter.shape)}, is not "
                     "a parameter of the model: make the optimizer from this model's parameters"
+                )
+
+
+def _check_disjoint(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    owners: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            owner = owners.setdefault(id(parameter), index)
+            if owner != index:
+                raise ValueError(
+                    f"parameter {names[id(parameter)]!r} is in two optimizers, optimizer[{owner}] "
+                    f"({type(optimizers[owner]).__name__}) and optimizer[{index}] ({type(optimizer).__name__}), and "
+                    "each would update it: give each parameter to one"
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -35,31 +36,39 @@ class Accumulation:
 
     Args:
         parameters: Those that are trained.
-        optimizer: Theirs; it is watched until `close`.
+        optimizers: Theirs; they are watched until `close`.
         weighted: Whether gradients count by their samples, which must then be certain.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer, *, weighted: bool) -> None:
-        self._parameters, self._optimizer, self._weighted = parameters, optimizer, weighted
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer], *, weighted: bool) -> None:
+        self._parameters, self._weighted = parameters, weighted
         self._since_step = 0
         self._forget()
-        self._zero_grad, self._own = optimizer.zero_grad, vars(optimizer).get("zero_grad")
-        vars(optimizer)["zero_grad"] = self._begin_anew
+        self._watched = [(optimizer, vars(optimizer).get("zero_grad")) for optimizer in optimizers]
+        for index, optimizer in enumerate(optimizers):
+            vars(optimizer)["zero_grad"] = partial(self._begin_anew, index, optimizer.zero_grad)
 
     def _forget(self) -> None:
         self._batches, self._samples, self._data_s, self._fingerprint = 0, 0, 0.0, 0
         self._doubt = ""  # why the samples may be others
         self._newest = self._void = 0  # samples of the newest batch, and of those that are no part of the gradient
+        self._zeroed: set[int] = set()  # optimizers, since the newest batch
+        self._had_gradient = False  # when the first of them was
 
-    def _begin_anew(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as the optimizer's)
-        if self.has_gradient():
+    def _begin_anew(self, index: int, zero_grad: Callable[..., None], *args: Any, **options: Any) -> None:  # noqa: ANN401
+        if not self._zeroed:
+            self._had_gradient = self.has_gradient()
+        self._zeroed.add(index)
+        if self._had_gradient and len(self._zeroed) == len(self._watched):  # what one has left still counts
             self._void = self._samples - self._newest
-        self._zero_grad(*args, **options)
+        zero_grad(*args, **options)
 
     def add(self, data: Batches | RetriedBatches, batch: Any) -> None:
         """Take note of the newest batch."""
         if self._weighted:
             self._doubt = self._doubt or doubt(batch)
+        if self._zeroed:
+            self._zeroed.clear()
         self._batches += 1
         self._newest = data.batch_samples
         self._samples += data.batch_samples
@@ -129,7 +138,8 @@ class Accumulation:
             self._forget()
 
     def close(self) -> None:
-        """Let the optimizer be as it was."""
-        del vars(self._optimizer)["zero_grad"]
-        if self._own is not None:
-            vars(self._optimizer)["zero_grad"] = self._own
+        """Let the optimizers be as they were."""
+        for optimizer, own in self._watched:
+            del vars(optimizer)["zero_grad"]
+            if own is not None:
+                vars(optimizer)["zero_grad"] = own

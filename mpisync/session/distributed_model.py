@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -13,13 +14,14 @@ from torch.optim import Optimizer
 from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.kernels.jit import check_jit
 from mpisync.model.aliases import check_aliases
+from mpisync.model.averages import initial_average
 from mpisync.model.flat import FlatModel
 from mpisync.model.frozen import in_blocks
 from mpisync.model.origins import differing, digest, shared_elsewhere
-from mpisync.model.scheduler import check_scheduler
+from mpisync.model.scheduler import check_schedulers
 from mpisync.model.signature import difference
 from mpisync.model.tensor_layout import Views
-from mpisync.model.validation import check_model_and_optimizer
+from mpisync.model.validation import check_model_and_optimizers
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
 from mpisync.transport.collectives import broadcast, exchange
@@ -36,17 +38,17 @@ class DistributedModel:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options, problem: str
+        self, comm: MPI.Intracomm, model: nn.Module, optimizers: Sequence[Optimizer], options: Options, problem: str
     ) -> None:
         problem = (
             problem
             or problem_of(check_jit)
             or problem_of(lambda: options.policy.check(comm.size - 1))
             or problem_of(lambda: check_replay(options))
-            or problem_of(lambda: check_model_and_optimizer(model, optimizer))
-            or problem_of(lambda: check_scheduler(options.scheduler, optimizer))
-            or problem_of(lambda: FlatModel(model))
-            or problem_of(lambda: check_aliases(model, optimizer))
+            or problem_of(lambda: check_model_and_optimizers(model, optimizers))
+            or problem_of(lambda: check_schedulers(options.schedulers, optimizers))
+            or problem_of(lambda: initial_average(FlatModel(model), options.average))
+            or problem_of(lambda: check_aliases(model, optimizers))
         )
         if problem:
             meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank
@@ -71,6 +73,10 @@ class DistributedModel:
         self._notice(model, meeting)
         self.participant = Participant(meeting, layout, published, options.policy)
         self._share_frozen()
+        for optimizer in optimizers:
+            # torch's mark of a step, which only the root makes, and not always by this method: without it a scheduler
+            # that the script steps between two loops would complain
+            vars(optimizer)["_opt_called"] = True
 
     def _notice(self, model: nn.Module, meeting: Meeting) -> None:
         """Say what is no error, and changes results where the script does not expect it."""

@@ -37,7 +37,7 @@ _OTHER_THREAD = (
 _TWO_LOOPS = (
     "the loop of another session of the same root is not at its end, and the root serves one loop after the other, so "
     "these two would wait for each other for ever: go through session.batches of one, then of the other; or train both "
-    "models in one session, as the parts of one nn.ModuleDict with one optimizer"
+    "models in one session, as the parts of one nn.ModuleDict with a list of optimizers"
 )
 _NESTED = (
     "session.batches was called inside the loop of another call, and a session has one loop at a time: let it come to "

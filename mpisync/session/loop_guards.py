@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.model.aliases import ComputedViews
-from mpisync.model.guards import GroupWatch, forbid_steps
+from mpisync.model.clipping import ClipWatch
+from mpisync.model.guards import GroupWatch, StepTrap
 from mpisync.model.loss_scaling import ScaleWatch
 from mpisync.model.optimizer_traps import OptimizerTrap
 from mpisync.model.renorm import RenormTrap
@@ -22,16 +24,22 @@ class LoopGuards:
 
     Args:
         model: The session's.
-        optimizer: Its.
-        scheduler: Its; None if there is none.
+        optimizers: Its.
+        schedulers: Theirs.
+        tells: Whether this rank speaks for all where nothing is refused.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, scheduler: Any | None) -> None:  # noqa: ANN401 (as in torch)
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], *, tells: bool
+    ) -> None:
         self._computed = ComputedViews(model)
-        self._steps = forbid_steps(optimizer, scheduler)
-        self._optimizer, self._scaling = OptimizerTrap(optimizer), ScaleWatch(optimizer)
-        self._groups, self._structure = GroupWatch(optimizer), StructureWatch(model)
-        self._renorm = RenormTrap(model)
+        self._steps = StepTrap(*optimizers, *schedulers)
+        self._optimizers = [OptimizerTrap(optimizer) for optimizer in optimizers]
+        self._scaling = [ScaleWatch(optimizer) for optimizer in optimizers]
+        names = [""] if len(optimizers) == 1 else [f"optimizer[{index}]." for index in range(len(optimizers))]
+        self._groups = [GroupWatch(optimizer, name) for optimizer, name in zip(optimizers, names, strict=True)]
+        self._structure, self._renorm = StructureWatch(model), RenormTrap(model)
+        self._clipping = ClipWatch(model.parameters()) if tells else None
 
     def begin(self, *, is_first: bool) -> None:
         """Check the model as it is when a loop begins.
@@ -41,7 +49,7 @@ class LoopGuards:
         """
         self._structure.examine()
         if not is_first:
-            self._groups.reset()
+            self.allow_groups()
 
     def check(self, *, has_gradient: bool) -> None:
         """Check what the loop has done since the last step.
@@ -49,10 +57,12 @@ class LoopGuards:
         Args:
             has_gradient: Whether any parameter has one.
         """
-        self._scaling.check()
+        for watch in self._scaling:
+            watch.check()
         if not has_gradient:  # then this says why, where it can
             self._structure.examine()
-        self._groups.check()
+        for settings in self._groups:
+            settings.check()
         self._computed.check()
 
     def check_structure(self, presence: bytes) -> None:
@@ -64,16 +74,22 @@ class LoopGuards:
         self._structure.check(presence)
 
     def check_groups(self) -> None:
-        """Check the optimizer's settings."""
-        self._groups.check()
+        """Check the optimizers' settings."""
+        for watch in self._groups:
+            watch.check()
 
     def allow_groups(self) -> None:
-        """Take the optimizer's settings as they are now for unchanged."""
-        self._groups.reset()
+        """Take the optimizers' settings as they are now for unchanged."""
+        for watch in self._groups:
+            watch.reset()
 
     def undo(self) -> None:
         """Let everything work again as it did before."""
         self._steps.undo()
-        self._optimizer.undo()
-        self._scaling.undo()
+        for trap in self._optimizers:
+            trap.undo()
+        for watch in self._scaling:
+            watch.undo()
         self._renorm.undo()
+        if self._clipping is not None:
+            self._clipping.undo()

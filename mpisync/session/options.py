@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +19,13 @@ class Options:
     """The options that the script gave; see `Session`."""
 
     policy: Policy
-    scheduler: Any | None
+    schedulers: tuple[Any, ...]
     seed: int
     weight: Literal["equal", "samples"]
     clip_norm: float | None
+    clip_value: float | None
     ema: float | None
+    average: Mapping[str, Any] | None
     own_copy: bool
     record: str | None
     on_step: Callable[[StepRecord], object] | None

@@ -24,6 +24,7 @@ def _recorded(options: Options) -> dict[str, Any]:
     return {
         "weight": options.weight,
         "clip_norm": options.clip_norm,
+        "clip_value": options.clip_value,
         "ema": options.ema,
         "on_late": str(options.on_late),
     }

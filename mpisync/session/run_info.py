@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 from mpisync.transport.peers import Peer
 
 
-def run_info(parameters: Sequence[nn.Parameter], optimizer: Optimizer, scheduler: object) -> dict[str, Any]:
+def run_info(
+    parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer], schedulers: Sequence[object]
+) -> dict[str, Any]:
     """Return what the rank that makes the updates knows of itself, as fields of a `RunHeader`."""
     counts: dict[str, int] = {}
     for parameter in parameters:
@@ -33,8 +35,8 @@ def run_info(parameters: Sequence[nn.Parameter], optimizer: Optimizer, scheduler
         "root_threads": torch.get_num_threads(),
         "parameters": counts,
         "parameters_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "optimizer": optimizer_text(optimizer),
-        "scheduler": type(scheduler).__name__ if scheduler is not None else "",
+        "optimizer": "; ".join(map(optimizer_text, optimizers)),
+        "scheduler": "; ".join(type(scheduler).__name__ for scheduler in schedulers),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -44,15 +44,20 @@ class Session:
     Args:
         comm: The communicator; a private duplicate is used.
         model: Has the same parameters on every rank; the root's initial values hold for all.
-        optimizer: Any torch optimizer without a closure; only the root's is stepped.
+        optimizer: Any torch optimizer without a closure, or a list of them, which are stepped in order, each with
+            parameters of its own (``[muon, adamw]``); only the root's are stepped.
         policy: When a step closes and which gradients count: `BackupWorkers(b)`, `Deadline`,
             `Async`, `Adaptive`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
-        scheduler: A learning-rate scheduler of `optimizer`, stepped once a version; one that goes by the
-            loss (ReduceLROnPlateau) gets the mean loss of the accepted gradients.
+        scheduler: A learning-rate scheduler of `optimizer`, or of one of them, stepped once a version; one that goes
+            by the loss (ReduceLROnPlateau) gets the mean loss of the accepted gradients. Or a list of schedulers.
         seed: What batches and random numbers follow from, with worker and sequence.
         weight: "equal", or "samples" to weight each gradient by its samples.
-        clip_norm: The largest global norm of the mean gradient.
+        clip_norm: The largest global norm of the mean gradient. What a loop clips itself, by
+            ``torch.nn.utils.clip_grad_norm_``, is its worker's own gradient, before the mean is taken.
+        clip_value: The largest magnitude of the mean gradient's elements; with `clip_norm` too, this comes first.
         ema: Decay of an exponential moving average of the parameters, 0.9999 in the paper.
+        average: Where the moving average goes on: ``state_dict()["average"]`` of an earlier run's root. Without it the
+            average begins with the parameters' initial values.
         own_copy: Give each worker its own copy of the parameters, which it may then write to; what it
             writes lasts until the next version. What is to last belongs in an optimizer's step hook.
         record: A file for one JSON line a step; `Replay` reads it.
@@ -92,14 +97,16 @@ class Session:
         self,
         comm: MPI.Intracomm,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         policy: Policy | None = None,
-        scheduler: Any | None = None,  # noqa: ANN401 (torch has no common class for schedulers)
+        scheduler: Any | Sequence[Any] | None = None,  # noqa: ANN401 (torch has no common class for schedulers)
         seed: int = 0,
         weight: Literal["equal", "samples"] = "equal",
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         ema: float | None = None,
+        average: Mapping[str, Any] | None = None,
         own_copy: bool = False,
         record: str | os.PathLike[str] | None = None,
         on_step: Callable[[StepRecord], object] | None = None,
@@ -113,18 +120,21 @@ class Session:
         ema = None if ema is None else number("ema", ema)
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"ema must lie between 0 and 1, as a decay does, not {ema}")
-        clip_norm = None if clip_norm is None else number("clip_norm", clip_norm)
-        if clip_norm is not None and not 0 < clip_norm < math.inf:
-            raise ValueError(f"clip_norm must be finite and greater than 0, not {clip_norm}")
+        if average is not None and ema is None:
+            raise ValueError("average= is where a moving average goes on, and ema= is not given, so there is none")
+        clip_norm, clip_value = _limit("clip_norm", clip_norm), _limit("clip_value", clip_value)
         if not isinstance(own_copy, bool):
             raise TypeError(f"own_copy must be True or False, not {own_copy!r}")
         if not (record is None or isinstance(record, str | os.PathLike)):
             raise TypeError(f"record must be the name of a file, not {record!r}")
         if not (on_step is None or callable(on_step)):
             raise TypeError(f"on_step must be a function that takes a step's record, not {on_step!r}")
-        self._comm, self._model, self._optimizer = comm, model, optimizer
+        self._comm, self._model = comm, model
+        self._optimizer, self._scheduler = optimizer, scheduler  # one, or several, as the state is to be
+        self._optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+        schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
         self._options = Options(
-            chosen_policy(policy), scheduler, seed, weight, clip_norm, ema, own_copy,
+            chosen_policy(policy), tuple(schedulers), seed, weight, clip_norm, clip_value, ema, average, own_copy,
             None if record is None else os.fspath(record),
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
@@ -139,10 +149,10 @@ class Session:
             check_launcher(self._comm)
         with ordinary_mode():  # else the parameters' memory would be of no use outside of it
             if self._comm.size == 1:
-                self._role = SingleProcessRole(self._model, self._optimizer, self._options)
+                self._role = SingleProcessRole(self._model, self._optimizers, self._options)
             else:
                 role = RootRole if self._comm.rank == self._comm.size - 1 else WorkerRole
-                self._role = role(self._comm, self._model, self._optimizer, self._options)
+                self._role = role(self._comm, self._model, self._optimizers, self._options)
         return self
 
     def __exit__(
@@ -325,16 +335,34 @@ class Session:
         return fn(self.snapshot(average=average))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the newest version and the model's state; on the root also the optimizer's, scheduler's, samples'."""
+        """Return the newest version and the model's state; on the root also all else that a run goes on from.
+
+        That is the optimizer's state and the scheduler's (lists where Session was given lists), the samples' (see
+        `batches`), and under ``ema=`` the average: the model's state with the averages in place of its parameters.
+        """
         with ordinary_mode():
             version, values = self._active.newest(average=False)
             state: dict[str, Any] = {"version": version, "model": state_of(self._plain, values)}
         if self._active.makes_updates:
-            state["optimizer"] = self._optimizer.state_dict()
-            if self._options.scheduler is not None:
-                state["scheduler"] = self._options.scheduler.state_dict()
+            state["optimizer"] = _states(self._optimizer)
+            if self._scheduler is not None:
+                state["scheduler"] = _states(self._scheduler)
+            if self._options.ema is not None:
+                with ordinary_mode():
+                    _, averages = self._active.newest(average=True)
+                    state["average"] = state_of(self._plain, averages)
             state["samples"] = {
                 "on_late": str(self._options.on_late), "seed": self._options.seed, **self._active.samples()
             }  # fmt: skip
         return state
 
+
+def _limit(name: str, value: object) -> float | None:
+    limit = None if value is None else number(name, value)
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"{name} must be finite and greater than 0, not {limit}")
+    return limit
+
+
+def _states(owner: Any) -> Any:  # noqa: ANN401 (one object with a state_dict, or several)
+    return [one.state_dict() for one in owner] if isinstance(owner, list | tuple) else owner.state_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,6 +19,7 @@ from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.late_work import Requeue
 from mpisync.aggregation.loops import serve_loop
 from mpisync.aggregation.shutdown import failure_of, leave_root
+from mpisync.model.averages import initial_average
 from mpisync.model.binding import Binding
 from mpisync.model.copies import Values
 from mpisync.model.guards import REMEDY, FrozenWatch
@@ -26,7 +27,7 @@ from mpisync.model.modes import ordinary_mode
 from mpisync.model.scheduler import Schedule
 from mpisync.model.signature import plain_name
 from mpisync.model.structure import StructureWatch
-from mpisync.model.update import Averages, Update, advice_on
+from mpisync.model.update import Averages, Update, advice_on, left_out
 from mpisync.model.write_sample import MemorySample
 from mpisync.session.distributed_model import DistributedModel
 from mpisync.session.equal_batches import EqualBatches
@@ -49,14 +50,14 @@ class RootRole(Role):
     makes_updates = True
 
     def __init__(
-        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
+        self, comm: MPI.Intracomm, model: nn.Module, optimizers: Sequence[Optimizer], options: Options
     ) -> None:
         recorder, problem = None, ""
         try:
             recorder = Recorder(options)
         except ValueError as error:
             problem = str(error)  # for every rank
-        self._distributed = DistributedModel(comm, model, optimizer, options, problem)
+        self._distributed = DistributedModel(comm, model, optimizers, options, problem)
         self._participant, self._flat = self._distributed.participant, self._distributed.flat
         self.workers = comm.size - 1
         self._threads = torch_threads(self._participant.meeting)
@@ -72,17 +73,17 @@ class RootRole(Role):
         self._averages: tuple[Tensor, ...] = ()
         self._kept_averages: Averages | None = None
         if options.ema is not None:
-            averages = self._distributed.averages(memory)
-            self._flat.store(averages)
-            self._averages = averages.tensors
+            self._averages = self._distributed.averages(memory).tensors
+            torch._foreach_copy_(list(self._averages), initial_average(self._flat, options.average))
         self._update = Update(
             self._flat.parameters,
-            optimizer,
-            options.clip_norm,
-            options.ema,
+            optimizers,
             self._averages,
+            clip_norm=options.clip_norm,
+            clip_value=options.clip_value,
+            decay=options.ema,
         )
-        self._schedule, self._structure = Schedule(options.scheduler, optimizer), StructureWatch(model)
+        self._schedule, self._structure = Schedule(options.schedulers, optimizers), StructureWatch(model)
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
@@ -91,15 +92,16 @@ class RootRole(Role):
         assert recorder is not None  # else DistributedModel has raised the problem
         self._recorder = recorder
         self._recorder.watch(lambda worker: self._root.roster.members[worker].is_alive)
-        if advice := advice_on(optimizer):
-            print(advice, file=sys.stderr, flush=True)
+        named = zip(self._flat.names, self._flat.parameters, strict=True)
+        for text in filter(None, (left_out(named, optimizers), *map(advice_on, optimizers))):
+            print(text, file=sys.stderr, flush=True)
         peers = self._participant.meeting.peers
         self._recorder.header(
             str(options.policy),
             [peer.host for peer in peers[:-1]],
             transports=[member.link.name for member in self._root.roster.members],
             cores=cores_of(peers, peers[-1]),
-            **run_info(self._flat.parameters, optimizer, options.scheduler),
+            **run_info(self._flat.parameters, optimizers, options.schedulers),
         )
 
     @property

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,15 @@ from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.shutdown import failure_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.continued import ContinuedBatches
+from mpisync.model.averages import initial_average
 from mpisync.model.copies import Values
 from mpisync.model.flat import FlatModel
-from mpisync.model.guards import forbid_steps
+from mpisync.model.guards import StepTrap
 from mpisync.model.loss_scaling import ScaleWatch
-from mpisync.model.scheduler import Schedule, check_scheduler
+from mpisync.model.scheduler import Schedule, check_schedulers
 from mpisync.model.structure import StructureWatch
-from mpisync.model.update import Averages, Update
-from mpisync.model.validation import check_model_and_optimizer
+from mpisync.model.update import Averages, Update, left_out
+from mpisync.model.validation import check_model_and_optimizers
 from mpisync.policies import Arrival, BackupWorkers
 from mpisync.session.accumulation import Accumulation
 from mpisync.session.loop import LoopOptions, pool_of
@@ -65,9 +66,11 @@ class SingleProcessRole(Role):
     workers = 1
     makes_updates = True
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, options: Options) -> None:
-        check_model_and_optimizer(model, optimizer)
-        check_scheduler(options.scheduler, optimizer)
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], options: Options) -> None:
+        check_model_and_optimizers(model, optimizers)
+        check_schedulers(options.schedulers, optimizers)
+        self._flat = FlatModel(model)
+        self._averages = [value.clone() for value in initial_average(self._flat, options.average)]
         self._recorder = Recorder(options)
         print(
             f"mpisync: one process trains alone, so the policy {options.policy} is ignored; start "
@@ -75,15 +78,24 @@ class SingleProcessRole(Role):
             file=sys.stderr,
             flush=True,
         )
-        self._options, self._optimizer = options, optimizer
-        self._flat = FlatModel(model)
-        self._averages = [p.detach().clone() for p in self._flat.parameters]
-        self._update = Update(self._flat.parameters, optimizer, options.clip_norm, options.ema, self._averages)
-        self._schedule = Schedule(options.scheduler, optimizer)
+        if text := left_out(zip(self._flat.names, self._flat.parameters, strict=True), optimizers):
+            print(text, file=sys.stderr, flush=True)
+        self._options = options
+        self._update = Update(
+            self._flat.parameters,
+            optimizers,
+            self._averages,
+            clip_norm=options.clip_norm,
+            clip_value=options.clip_value,
+            decay=options.ema,
+        )
+        self._schedule = Schedule(options.schedulers, optimizers)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
-        self._trap = forbid_steps(optimizer, options.scheduler)
-        self._scaling, self._structure = ScaleWatch(optimizer), StructureWatch(model)
-        self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
+        self._stepped = (*optimizers, *options.schedulers)
+        self._trap = StepTrap(*self._stepped)
+        self._scaling = [ScaleWatch(optimizer) for optimizer in optimizers]
+        self._structure = StructureWatch(model)
+        self._accumulation = Accumulation(self._flat.parameters, optimizers, weighted=options.weight == "samples")
         self._data = ContinuedBatches(0, 1, options.seed)
         self._stopped = False
         self._began_s = time.monotonic()  # the computation
@@ -99,7 +111,7 @@ class SingleProcessRole(Role):
             str(_POLICY),
             [socket.gethostname()],
             cores=len(os.sched_getaffinity(0)),
-            **run_info(self._flat.parameters, optimizer, options.scheduler),
+            **run_info(self._flat.parameters, optimizers, options.schedulers),
         )
 
     @property
@@ -150,7 +162,8 @@ class SingleProcessRole(Role):
         """Update from the gradient, unless it has NaN or Inf."""
         self._flat.refuse_thawed()
         self._structure.check(bytes(parameter.grad is not None for parameter in self._flat.parameters))
-        self._scaling.check()
+        for watch in self._scaling:
+            watch.check()
         basis, came_s, step = self._accumulation.take(samples), time.monotonic(), self.version
         info = GradientInfo(
             basis.samples,
@@ -189,7 +202,7 @@ class SingleProcessRole(Role):
         self._update.apply()
         self._schedule.advance(loss)
         self._flat.buffers.pack(self._buffers)
-        self._trap = forbid_steps(self._optimizer, self._options.scheduler)
+        self._trap = StepTrap(*self._stepped)
 
     def _publish(self, samples: int, came_s: float) -> None:
         """Record the step that the newest gradient has closed, and open the next."""
@@ -221,7 +234,8 @@ class SingleProcessRole(Role):
     def leave(self, error: BaseException | None) -> None:
         """End the run here: let the optimizer's own step() work again, and close the record."""
         self._trap.undo()
-        self._scaling.undo()
+        for watch in self._scaling:
+            watch.undo()
         self._accumulation.close()
         self._data.close()
         self._recorder.close()

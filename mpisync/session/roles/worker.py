@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ class WorkerRole(Role):
     makes_updates = False
 
     def __init__(
-        self, comm: MPI.Intracomm, model: nn.Module, optimizer: Optimizer, options: Options
+        self, comm: MPI.Intracomm, model: nn.Module, optimizers: Sequence[Optimizer], options: Options
     ) -> None:
-        self._distributed = DistributedModel(comm, model, optimizer, options, "")
+        self._distributed = DistributedModel(comm, model, optimizers, options, "")
         self._participant, self._flat = self._distributed.participant, self._distributed.flat
         self._seed = options.seed
         self._worker = self._participant.worker()
@@ -61,8 +61,8 @@ class WorkerRole(Role):
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
-        self._schedule = Schedule(options.scheduler, optimizer)
-        self._guards = LoopGuards(model, optimizer, options.scheduler)
+        self._schedule = Schedule(options.schedulers, optimizers)
+        self._guards = LoopGuards(model, optimizers, options.schedulers, tells=self.worker == 0)
         read_only = bool(settings.read("MPISYNC_READ_ONLY"))
         self._notice = self._make_read_only(in_place) if read_only else None
         self._parameters = WorkerParameters(
@@ -73,7 +73,7 @@ class WorkerRole(Role):
             in_place=in_place,
             read_only=self._notice is not None,
         )
-        self._accumulation = Accumulation(self._flat.parameters, optimizer, weighted=options.weight == "samples")
+        self._accumulation = Accumulation(self._flat.parameters, optimizers, weighted=options.weight == "samples")
         self._data = ContinuedBatches(self.worker, self.workers, options.seed)
         self._is_in_loop = False
         self._late = options.on_late
@@ -212,7 +212,7 @@ class WorkerRole(Role):
         self._follow()
 
     def _follow(self) -> None:
-        """Step the scheduler here as often as the root's."""
+        """Step the schedulers here as often as the root's."""
         if self._schedule.lags(self.version):
             self._guards.check_groups()
             self._schedule.follow(self.version)
