@@ -261,7 +261,7 @@ def test_a_left_over_step_behind_the_sessions_own_is_refused(comm, several):
 
 
 class Data:
-    batch_samples, data_s = 8, 0.0
+    batch_samples, data_s, fingerprint = 8, 0.0, 0
 
 
 def begun(zeroed):

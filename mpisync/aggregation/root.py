@@ -64,7 +64,6 @@ class Root:
         collector: The open step, and everybody's accounts.
         roster: The workers.
         inbox: What they said and was not handled yet.
-        payloads: Gradients on their way.
         parameters: As given.
         clock: As given.
     """
@@ -86,13 +85,13 @@ class Root:
     ) -> None:
         self.parameters, self.clock = parameters, clock
         self.roster = Roster(peers, links, clock)
-        self.payloads = PayloadQueue(self.roster.members)
+        self._payloads = PayloadQueue(self.roster.members)
         self._ties = random.Random(0)
         self.collector = Collector(
             policy,
             len(self.roster.members),
             Discard() if late is None else late,
-            payloads=self.payloads,
+            payloads=self._payloads,
             clock=clock,
             ties=self._ties,
             gradient_bytes=layout.size_bytes,
@@ -166,9 +165,9 @@ class Root:
         player = self.collector.player
         while True:
             self._hear()
-            self._take_whole(self.payloads.progress())
-            if self.payloads.queue and not player.is_closing:
-                self.payloads.ask(player.lacking, self.clock(), self._make_room)
+            self._take_whole(self._payloads.progress())
+            if self._payloads.queue and not player.is_closing:
+                self._payloads.ask(player.lacking, self.clock(), self._make_room)
             if self._stop_asked or self.collector.has_no_samples():
                 return None
             now_s = self.clock()
@@ -228,7 +227,7 @@ class Root:
             if status is Status.REJECTED:
                 reason = self.collector.divergence
         if reason:
-            self.fail(reason)
+            self._fail(reason)
 
     def _add(self, member: Member, gradient: Gradient) -> None:
         """Add an accepted gradient to the sum; where one holds initial parameters, the first such is all of it."""
@@ -246,7 +245,7 @@ class Root:
         if workers:
             self._sum.fold()
             for worker in workers:
-                self.payloads.release(worker)
+                self._payloads.release(worker)
         return bool(workers)
 
     def _close(self, now_s: float) -> ClosedStep:
@@ -298,7 +297,7 @@ class Root:
             if member.state is State.ACCEPTED:
                 self._answer_gradient(member, Status.ACCEPTED, gradient)
             elif not member.is_alive:  # nobody is left to be answered
-                self.payloads.release(gradient.worker)
+                self._payloads.release(gradient.worker)
 
     def _answer_gradient(self, member: Member, status: Status, gradient: Gradient, **more: Any) -> None:  # noqa: ANN401
         """Tell a worker its verdict: it has its buffer back and may go on."""
@@ -306,7 +305,7 @@ class Root:
         if header is None:
             raise RuntimeError(f"worker {member.worker} has no gradient to be judged: the protocol is broken")
         resume = self._resumes_at(member.worker, header.sequence + 1)
-        self.payloads.release(member.worker)
+        self._payloads.release(member.worker)
         waited_s = self.clock() - gradient.arrival.at_s
         step = self.collector.player.step.step
         self.roster.reply(member, header, status, step, resume, waited_s=waited_s, **more)
@@ -323,7 +322,7 @@ class Root:
         collector, worker = self.collector, member.worker
         collector.accounts[worker].handed = header.handed
         if header.kind == Kind.FAIL:
-            self.fail(f"{member.peer} failed: {header.text}")
+            self._fail(f"{member.peer} failed: {header.text}")
         if header.kind == Kind.STOP:
             self.stop()
         if header.kind in (Kind.LEAVE, Kind.BYE):
@@ -401,7 +400,7 @@ class Root:
         for member in self.roster.ended():
             self.lose(member, State.LOST)
             if not self.collector.player.step.alive:
-                self.fail(f"{member.peer} ended, and no worker is left")
+                self._fail(f"{member.peer} ended, and no worker is left")
 
     # -- ends --------------------------------------------------------------------------------------
 
@@ -413,16 +412,15 @@ class Root:
             self.collector.player.step.alive = self.roster.living
 
     def pause(self) -> None:
-        """Tell every worker, once, that the loop has ended at the newest version."""
-        if not self._is_paused:
-            self._loops, self._is_paused = self._loops + 1, True
-            self.roster.pause(self._loops)
-            self.roster.flush()
+        """Tell every worker that the loop has ended at the newest version."""
+        self._loops, self._is_paused = self._loops + 1, True
+        self.roster.pause(self._loops)
+        self.roster.flush()
 
     def lose(self, member: Member, state: State) -> None:
         """Expect no further gradient of a worker; an accepted one counts all the same."""
         if member.state in (State.ANNOUNCED, State.WANTED):
-            self.payloads.release(member.worker)
+            self._payloads.release(member.worker)
         self.collector.lose(member.worker)
         member.state, member.waits_for = state, -1
         self.collector.player.step.alive = self.roster.living
@@ -433,7 +431,7 @@ class Root:
             self._has_ended, self.collector.late.goes_on = True, False
             self.roster.end(failure)
 
-    def fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> None:
         """End the training on every rank.
 
         Raises:
