@@ -57,8 +57,8 @@ def give_up(root: Root, member: Member, reason: str) -> None:
 
 def _send_final(root: Root) -> None:
     """Stay until the parameters are with all who wait for them: the script may not come by here again for long."""
-    waiting = [m.worker for m in root.roster.members if m.is_alive and m.served == root.version]
+    waiting = [member for member in root.roster.members if member.is_alive and member.served == root.version]
     give_up_s = root.clock() + _SEND_S
-    while root.roster.has_unsent(waiting) and root.clock() < give_up_s:
+    while any(m.link.has_unsent(m.worker) for m in waiting) and root.clock() < give_up_s:
         root.inbox.take()
         root.roster.wait(_LOOK_S)

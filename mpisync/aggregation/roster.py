@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,10 +132,6 @@ class Roster:
         for member in self.members:
             if member.returns and member.state is State.LEFT:
                 member.state, member.returns = State.COMPUTING, False
-
-    def has_unsent(self, workers: Iterable[int]) -> bool:
-        """Say whether parts of a version are still on their way to any of some workers."""
-        return any(self.members[worker].link.has_unsent(worker) for worker in workers)
 
     def end(self, failure: str) -> None:
         """Tell everyone that the training has ended at the newest version, and why if it failed."""
