@@ -96,3 +96,20 @@ def test_parts_that_take_turns_go_by_the_version(comm):
     expected = in_one_process(lambda step: ("discriminator",) if step % 3 < 2 else ("generator",))
     np.testing.assert_allclose(flat(model), expected, rtol=1e-9, atol=1e-12)
     assert not np.allclose(flat(model), in_one_process(lambda step: ("generator", "discriminator")))
+
+
+EPOCH = re.compile(r"epoch (\d): version (\d+), accuracy ([\d.]+), rate ([\d.e-]+)")
+
+
+@pytest.mark.parametrize("nprocs", [3, 1])
+def test_epochs_validate_set_the_rate_and_save(nprocs, tmp_path):
+    code = (ROOT / "docs" / "recipes" / "epochs.py").read_text().replace('"digits.pt"', repr(str(tmp_path / "digits.pt")))
+    run = run_script(nprocs, code, timeout_s=60)
+    assert run.returncode == 0, run.stderr
+    found = [(int(epoch), int(version), float(accuracy)) for epoch, version, accuracy, _ in EPOCH.findall(run.stdout)]
+    steps = 60 // max(1, nprocs - 1)
+    assert [(epoch, version) for epoch, version, _ in found] == [(n, (n + 1) * steps) for n in range(4)], run.stdout
+    assert found[-1][2] > 0.85
+    saved = torch.load(tmp_path / "digits.pt")
+    assert saved["version"] == 4 * steps and saved["epoch"] == 3 and saved["optimizer"]["state"]
+    assert "warn" not in run.stderr.lower(), run.stderr

@@ -47,7 +47,7 @@ class Worker:
         self.sequence = 0
         self.handed = 0  # samples handed to the loop
         self.again = False  # whether the newest gradient's batches are to be computed on again
-        self.ended: End | None = None
+        self._end: End | None = None
         self.loop = 0  # of the session: the one that this worker is in, or that comes next
         self._me, self._root = peers[rank], peers[-1]
         self._incarnation, self._ordinal = incarnation, 0
@@ -73,38 +73,35 @@ class Worker:
         return version
 
     def _newest_or_end(self) -> int | None:
-        if self.is_over():
+        if self._is_over():
             return -1
         newest = self.link.newest()
         return newest if self._resume is not None and newest >= self._resume else None
 
-    def is_over(self) -> bool:
-        """Say whether the loop that this worker is in is over, as it is when the training has ended.
-
-        Raises:
-            PeerFailed: Another rank failed.
-        """
+    def _is_over(self) -> bool:
+        """Say whether the loop that this worker is in is over, as it is when the training has ended."""
         return self._ended() is not None or self._is_paused()
 
     def _is_paused(self) -> bool:
         pause = self.link.pause()
         return pause is not None and pause.loops > self.loop
 
-    def take_final(self, target: np.ndarray) -> None:
-        """Copy the parameters at which the loop has ended into `target`, and go on to the next loop."""
-        if self.ended is not None:
+    def end_loop(self, target: np.ndarray) -> None:
+        """Copy the parameters at which the loop has ended into `target`, and go on to the next loop.
+
+        Where it has not ended yet this worker contributes nothing more to it, and waits.
+        """
+        if not self._is_over():
+            self.loop += 1  # the root is told of the next
+            self._ask(Kind.READY)
+            self.loop -= 1
+            self._wait(lambda: self._is_over() or None, "the end of the loop")
+        if self._end is not None:
             self.finish()
             self.read(target)
         else:
             self.version = self._wait(lambda: _or_none(self.link.take_final(target)), "the parameters")
         self.loop, self._resume = self.loop + 1, None
-
-    def sit_out(self) -> None:
-        """Contribute nothing more to the loop, which this worker has left, and wait for its end."""
-        self.loop += 1
-        self._ask(Kind.READY)
-        self.loop -= 1
-        self._wait(lambda: self.is_over() or None, "the end of the loop")
 
     def read(self, target: np.ndarray) -> None:
         """Copy the newest parameters whole into `target`, as many bytes as it has."""
@@ -162,9 +159,13 @@ class Worker:
         reply = self._ask(Kind.PASS, GradientInfo(samples=samples, batches=batches))
         self.again = reply is not None and bool(reply.again)
 
-    def is_stale(self) -> bool:
-        """Say whether the version being computed on is superseded already."""
-        return self.link.is_behind(self.version) or self.is_over()
+    def is_stale(self, *, by_end: bool = False) -> bool:
+        """Say whether the version being computed on is superseded already.
+
+        Args:
+            by_end: Whether only the end of the loop counts.
+        """
+        return (not by_end and self.link.is_behind(self.version)) or self._is_over()
 
     def stop(self) -> None:
         """Ask the root to end the training everywhere."""
@@ -185,7 +186,7 @@ class Worker:
 
     def fail(self, text: str) -> None:
         """Tell the root that this worker's loop ended with an exception."""
-        if self.ended is None:
+        if self._end is None:
             self._send(Kind.FAIL, text=text)
 
     def say_goodbye(self, timeout_s: float) -> None:
@@ -250,7 +251,7 @@ class Worker:
         """Return the training's end, once the root has told it; raise PeerFailed at once where it is a failure."""
         end = self.link.end()
         if end is not None:
-            self.ended = end
+            self._end = end
             if end.failure:
                 raise PeerFailed(end.failure)
         return end
@@ -265,7 +266,7 @@ class Worker:
                 return result
             end = self.link.end()
             if end is not None and end.failure:
-                self.ended = end
+                self._end = end
                 raise PeerFailed(end.failure)
             now_s = time.monotonic()
             if now_s >= look_s:

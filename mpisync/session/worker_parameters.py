@@ -191,7 +191,7 @@ class WorkerParameters:
         """Make the parameters and buffers private, at the version at which the loop has ended."""
         self._disarm()
         memory = self._distributed.participant.memory.allocate(self._distributed.participant.published.size_bytes)
-        self._worker.take_final(memory)
+        self._worker.end_loop(memory)
         self._binding.show([view.clone() for view in self._distributed.parameters(memory).tensors])
         self._flat.buffers.load(self._flat.buffers.views(self._distributed.participant.published.extras(memory)))
         if self._reads:

@@ -120,7 +120,7 @@ class WorkerRole(Role):
             if self._is_in_loop and (passed := self._accumulation.passed()):
                 self._pass_over(passed)
             # a gradient is of one version: only the end comes between its batches
-            if self._is_in_loop and (self._worker.is_over() if self._accumulation.goes_on() else self.stale()):
+            if self._is_in_loop and self._worker.is_stale(by_end=self._accumulation.goes_on()):
                 self._pull()
         self._accumulation.drop()
 
@@ -128,7 +128,6 @@ class WorkerRole(Role):
         """Make ready for a loop: what was done since the one before has no effect on it."""
         if self._is_in_loop:  # that one was left by `break`
             self._accumulation.drop()
-            self._worker.sit_out()
             self._end_loop()
         self._is_in_loop = True
         if self._carried is not None:
