@@ -103,7 +103,8 @@ EPOCH = re.compile(r"epoch (\d): version (\d+), accuracy ([\d.]+), rate ([\d.e-]
 
 @pytest.mark.parametrize("nprocs", [3, 1])
 def test_epochs_validate_set_the_rate_and_save(nprocs, tmp_path):
-    code = (ROOT / "docs" / "recipes" / "epochs.py").read_text().replace('"digits.pt"', repr(str(tmp_path / "digits.pt")))
+    code = (ROOT / "docs" / "recipes" / "epochs.py").read_text()
+    code = code.replace('"digits.pt"', repr(str(tmp_path / "digits.pt")))
     run = run_script(nprocs, code, timeout_s=60)
     assert run.returncode == 0, run.stderr
     found = [(int(epoch), int(version), float(accuracy)) for epoch, version, accuracy, _ in EPOCH.findall(run.stdout)]
