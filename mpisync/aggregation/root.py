@@ -310,7 +310,8 @@ class Root:
         step = self.collector.player.step.step
         self.roster.reply(member, header, status, step, resume, waited_s=waited_s, **more)
         member.state, member.pending_header = State.COMPUTING, None
-        self.roster.resume(member, resume)
+        if header.loop == self._loops:  # else its worker takes the version at which that loop ended
+            self.roster.resume(member, resume)
 
     def answer(self, member: Member, header: Header) -> None:
         """Take note of a header that announces no gradient, and answer it.
@@ -340,7 +341,7 @@ class Root:
             if header.kind == Kind.READY and header.loop > self._loops:  # it has left this loop, for the next
                 self.lose(member, State.LEFT)
                 member.returns = True
-            elif header.kind == Kind.READY:
+            elif header.kind == Kind.READY and header.loop == self._loops:
                 self.roster.resume(member, resume)
 
     def acknowledge(self, member: Member, header: Header, **more: Any) -> int:  # noqa: ANN401 (as in Roster.acknowledge)
