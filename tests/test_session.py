@@ -214,8 +214,8 @@ def test_what_is_no_communicator_is_refused():
     from mpi4py import MPI
 
     model = new_model()
-    for nothing in (None, MPI.COMM_NULL):
-        with pytest.raises(TypeError, match="comm must be an intracommunicator such as MPI.COMM_WORLD"):
+    for nothing, says in ((None, "such as MPI.COMM_WORLD"), (MPI.COMM_NULL, "that this rank is in, not MPI.COMM_NULL")):
+        with pytest.raises((TypeError, ValueError), match=f"comm must be an intracommunicator {says}"):
             mpisync.Session(nothing, model, sgd(model))
 
 

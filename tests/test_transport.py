@@ -340,7 +340,7 @@ def test_parameters_are_kept_once_where_all_can_read_them_in_place(comm, transpo
     is_home = transport == "shared" and policy.staleness == 0
     with PartialReduce(comm, like=theta, policy=policy) as reduction:
         if reduction.is_root:
-            home = reduction._root.roster.links[0].home()
+            home = reduction._root.roster._links[0].home()
             assert (home is not None) == is_home
             assert not is_home or np.shares_memory(home, reduction.parameters)
             lead(reduction, theta, 2)

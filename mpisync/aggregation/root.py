@@ -105,7 +105,6 @@ class Root:
         self._initial: Gradient | None = None  # of the open step: what its worker's first forward pass initialised
         self._layout, self._segments = layout, layout.arrays(parameters)
         self._stop_asked = False
-        self._last: int | None = None  # the version at which the loop ends
         self._loops = 0  # that have ended
         self._is_paused = self._has_ended = False
         self._look_after_s = 0.0
@@ -144,8 +143,8 @@ class Root:
             RuntimeError: A closed step was not published.
         """
         limits = [limit for limit in (steps, self.policy.steps) if limit is not None]
-        self._last = min(limits, default=None)
-        while self._last is None or self.version < self._last:
+        last = self.roster.last = min(limits, default=-1)
+        while last < 0 or self.version < last:
             closed = self._run_until_closed()
             if closed is None:
                 return
@@ -284,7 +283,7 @@ class Root:
             updated=sums.finite,
             norms=None if closed.initial is not None else (sums.gradient_squares, sums.sum_squares),
         )
-        if self.version != self._last:  # else no step follows, and the last verdicts are given by whoever ends the loop
+        if self.version != roster.last:  # else no step follows: whoever ends the loop gives the last verdicts
             self.collector.player.judge_again()
             self.tell()
         return record
@@ -353,7 +352,7 @@ class Root:
 
     def _resumes_at(self, worker: int, sequence: int) -> int:
         """Return the version at which a worker's next computation begins; nobody computes on a loop's last."""
-        is_last = self.version == self._last
+        is_last = self.version == self.roster.last
         return self.version + 1 if is_last else self.policy.resumes_at(worker, sequence, self.version)
 
     def _behind(self) -> list[int]:

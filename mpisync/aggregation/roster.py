@@ -26,11 +26,13 @@ class Roster:
         members: By worker.
         me: This process.
         version: The newest version of the parameters; -1 before there is one.
+        last: The version at which the loop ends; -1 where nobody knows yet.
     """
 
     def __init__(self, peers: Sequence[Peer], links: Sequence[RootLink], clock: Callable[[], float]) -> None:
-        self.links, self.me, self.version, self._clock = list(links), peers[-1], -1, clock
-        reached = [(worker, link) for link in self.links for worker in link.workers]
+        self._links, self.me, self.version, self._clock = list(links), peers[-1], -1, clock
+        self.last = -1
+        reached = [(worker, link) for link in self._links for worker in link.workers]
         reached.sort(key=lambda pair: pair[0])
         self.members = [Member(worker, peers[worker], link, since_s=clock()) for worker, link in reached]
 
@@ -72,7 +74,7 @@ class Roster:
             member.worker,
             Reply(
                 header.incarnation, ReplyKind.VERDICT, status, member.worker, header.ordinal,
-                step=step, newest=self.version, resume=resume, **more,
+                step=step, newest=self.version, resume=resume, last=self.last, **more,
             ),
         )  # fmt: skip
 
@@ -105,13 +107,13 @@ class Roster:
 
     def begin(self, version: int) -> None:
         """Tell everyone that the parameters are about to change."""
-        for link in self.links:
+        for link in self._links:
             link.begin(version)
 
     def publish(self, version: int, parameters: np.ndarray) -> None:
         """Let everyone know of a new version."""
         self.version = version
-        for link in self.links:
+        for link in self._links:
             link.publish(version, parameters)
 
     def serve_waiting(self) -> None:
@@ -122,12 +124,12 @@ class Roster:
 
     def pause(self, loops: int) -> None:
         """Tell everyone that a loop, by now `loops` of them, has ended at the newest version."""
-        for link in self.links:
+        for link in self._links:
             link.pause(Pause(loops, self.version))
 
     def go_on(self) -> None:
         """Keep the version of the last pause for those who have not taken it, and expect all who take part again."""
-        for link in self.links:
+        for link in self._links:
             link.keep(self.living)
         for member in self.members:
             if member.returns and member.state is State.LEFT:
@@ -135,12 +137,12 @@ class Roster:
 
     def end(self, failure: str) -> None:
         """Tell everyone that the training has ended at the newest version, and why if it failed."""
-        for link in self.links:
+        for link in self._links:
             link.end(End(self.version, failure))
 
     def flush(self) -> None:
         """Wake whoever waits for what was said since the last flush."""
-        for link in self.links:
+        for link in self._links:
             link.flush()
 
     def wait(self, timeout_s: float, headers: int = 1) -> None:
@@ -149,9 +151,9 @@ class Roster:
         Only memory can wake a sleeper: with messages too, theirs, the last link, is the one that sleeps, and never
         long.
         """
-        self.links[-1].wait(max(0.0, timeout_s), headers)
+        self._links[-1].wait(max(0.0, timeout_s), headers)
 
     def close(self) -> None:
         """Give back the links' receives and memory."""
-        for link in self.links:
+        for link in self._links:
             link.close()

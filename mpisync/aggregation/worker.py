@@ -53,6 +53,7 @@ class Worker:
         self._incarnation, self._ordinal = incarnation, 0
         self._stall_report_s = stall_report_s
         self._resume: int | None = None
+        self._last = -1  # version of the loop, as far as the root has told
         self._pulled_s = time.monotonic()
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -76,7 +77,8 @@ class Worker:
         if self._is_over():
             return -1
         newest = self.link.newest()
-        return newest if self._resume is not None and newest >= self._resume else None
+        # nobody computes on a loop's last version: its end is about to be told
+        return newest if self._resume is not None and newest >= self._resume and newest != self._last else None
 
     def _is_over(self) -> bool:
         """Say whether the loop that this worker is in is over, as it is when the training has ended."""
@@ -245,7 +247,10 @@ class Worker:
             return bool(answers) or over or None
 
         self._wait(is_settled, "the root's reply")
-        return answers[0] if answers else None
+        if not answers:
+            return None
+        self._last = answers[0].last
+        return answers[0]
 
     def _ended(self) -> End | None:
         """Return the training's end, once the root has told it; raise PeerFailed at once where it is a failure."""

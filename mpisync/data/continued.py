@@ -48,6 +48,7 @@ class ContinuedBatches:
         return self._batches
 
     def close(self) -> None:
-        """Let the newest loader go."""
+        """Let the newest loader go: if it comes again it begins anew."""
+        self._loader = None
         if self._batches is not None:
             self._batches.close()

@@ -58,7 +58,7 @@ class Status(enum.IntEnum):
 
 TEXT_BYTES = 1000  # enough for an error's whole sentence, so that every rank reads what to do
 _HEADER = struct.Struct(f"<QB3xiqqqqdqdddQdiidiqq{TEXT_BYTES}s")
-_REPLY = struct.Struct(f"<QBBHiqqqqqdiiqq{TEXT_BYTES}s")
+_REPLY = struct.Struct(f"<QBBHiqqqqqdiiqqq{TEXT_BYTES}s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
 
@@ -128,6 +128,7 @@ class Reply(NamedTuple):
     blocks: int = 0
     epoch: int = -1  # of the batch that was claimed
     batch: int = -1  # its number in the epoch's order; -1: there is none left
+    last: int = -1  # version at which the loop ends; -1 where nobody knows yet
     again: int = 0  # whether the batches of the gradient are to be computed on again
     text: str = ""
 
@@ -136,7 +137,7 @@ class Reply(NamedTuple):
         _REPLY.pack_into(
             buffer, offset, self.incarnation, self.kind, self.status, self.again, self.worker, self.ordinal,
             self.step, self.newest, self.late_by, self.resume, self.waited_s, self.first,
-            self.blocks, self.epoch, self.batch, clip_text(self.text),
+            self.blocks, self.epoch, self.batch, self.last, clip_text(self.text),
         )  # fmt: skip
 
     @classmethod

@@ -137,18 +137,24 @@ class SingleProcessRole(Role):
         self._accumulation.drop()  # of a loop that was left by `break`
         self._flat.buffers.pack(self._buffers)
         self._began_s = self._collector.player.step.opened_s = time.monotonic()
-        while not self._stopped and (last is None or self.version < last):
-            drawn = next(data, None)
-            if drawn is None:
-                break
-            self._accumulation.add(data, drawn[0])
-            self._account.handed += data.batch_samples
-            yield drawn[0]
-            if passed := self._accumulation.passed():
-                info = GradientInfo(passed.samples, batches=passed.batches)
-                self._collector.pass_over(0, info, may_return=False)
-            self._accumulation.goes_on()
-        self._accumulation.drop()
+        is_over = False
+        try:
+            while not self._stopped and (last is None or self.version < last):
+                drawn = next(data, None)
+                if drawn is None:
+                    break
+                self._accumulation.add(data, drawn[0])
+                self._account.handed += data.batch_samples
+                yield drawn[0]
+                if passed := self._accumulation.passed():
+                    info = GradientInfo(passed.samples, batches=passed.batches)
+                    self._collector.pass_over(0, info, may_return=False)
+                self._accumulation.goes_on()
+            is_over = True
+            self._accumulation.drop()
+        finally:
+            if not is_over:
+                self._data.close()
 
     def _claim(self, batches: int) -> BatchId | None:
         """Claim the pool's next batch; this process claims none ahead that it does not come to."""

@@ -113,16 +113,20 @@ class WorkerRole(Role):
         self._begin()
         data = self._open(loader, loop)
         self._pull()
-        while self._is_in_loop and (drawn := next(data, None)) is not None:
-            self._worker.handed += data.batch_samples
-            self._accumulation.add(data, drawn[0])
-            yield drawn[0]
-            if self._is_in_loop and (passed := self._accumulation.passed()):
-                self._pass_over(passed)
-            # a gradient is of one version: only the end comes between its batches
-            if self._is_in_loop and self._worker.is_stale(by_end=self._accumulation.goes_on()):
-                self._pull()
-        self._accumulation.drop()
+        try:
+            while self._is_in_loop and (drawn := next(data, None)) is not None:
+                self._worker.handed += data.batch_samples
+                self._accumulation.add(data, drawn[0])
+                yield drawn[0]
+                if self._is_in_loop and (passed := self._accumulation.passed()):
+                    self._pass_over(passed)
+                # a gradient is of one version: only the end comes between its batches
+                if self._is_in_loop and self._worker.is_stale(by_end=self._accumulation.goes_on()):
+                    self._pull()
+            self._accumulation.drop()
+        finally:
+            if self._is_in_loop:  # it was left before its end
+                self._data.close()
 
     def _begin(self) -> None:
         """Make ready for a loop: what was done since the one before has no effect on it."""
