@@ -37,4 +37,5 @@ with mpisync.Session(MPI.COMM_WORLD, model, optimizer, policy=mpisync.BackupWork
         if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:  # the root, which has the optimizer's state
             torch.save({**session.state_dict(), "scheduler": scheduler.state_dict(), "epoch": epoch}, PATH)
             accuracy = float((scores.argmax(1) == held_out[1]).float().mean())
-            print(f"epoch {epoch}: version {session.version}, accuracy {accuracy:.2f}, rate {scheduler.get_last_lr()[0]}")
+            rate = scheduler.get_last_lr()[0]
+            print(f"epoch {epoch}: version {session.version}, accuracy {accuracy:.2f}, rate {rate}")
