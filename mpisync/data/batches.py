@@ -66,7 +66,8 @@ class SharedList:
         if len(batches) < workers:
             raise ValueError(
                 f"a {type(batches).__name__} of {len(batches)} batches is too short for "
-                f"{workers} workers: each needs one at least"
+                f"{workers} workers: each needs one at least (to give the same to all, as where a loss is of all data "
+                "at once, pass itertools.repeat(batch))"
             )
         self._all, self._count = batches, len(batches)
         self._batches = batches[worker::workers]
@@ -266,6 +267,7 @@ class Batches:
         tell_of_replicas(loader, worker, workers)
         self._worker = worker
         self._seed = seed
+        self._is_count = isinstance(loader, itertools.count)  # of a script without data: its numbers are none
         self.data_s = 0.0
         self.batch_samples = self.fingerprint = 0
         self.samples = 0
@@ -279,7 +281,7 @@ class Batches:
         batch, sequence = next(self._drawn)
         self.data_s = time.perf_counter() - began_s
         self.batch_samples = count_samples(batch)
-        self.fingerprint = fingerprint(batch, sequence)
+        self.fingerprint = 0 if self._is_count else fingerprint(batch, sequence)
         self.samples += self.batch_samples
         self.sequence = sequence + 1
         seed_everything(self._seed, self._worker, sequence, Stream.LOOP)

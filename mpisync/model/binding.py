@@ -77,6 +77,7 @@ class Binding:
         """Leave the parameters with memory of their own and the values that they have, and end the watch."""
         self._looks.undo()
         self._flat.unbind()
+        self._shown = ()  # the script's now: whoever counts who else looks into its memory must not find us
 
 
 def _equal(name: str, one: Tensor, other: Tensor) -> bool:

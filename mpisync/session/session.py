@@ -33,6 +33,10 @@ from mpisync.session.roles.worker import WorkerRole
 from mpisync.transport.rendezvous import check_launcher
 
 _T = TypeVar("_T")
+_NEVER_SET = (
+    "mpisync: rank {rank} is the root, which never runs the loop's body ({error}): what the body sets, set before the "
+    "loop as well, or use on workers only (`if session.worker is not None:`)"
+)
 
 
 class Session:
@@ -167,6 +171,8 @@ class Session:
             self._draws.end()
             problem = self._draws.problem(error)
         error = problem or (None if is_over else error)
+        if isinstance(error, NameError) and role.worker is None:
+            print(_NEVER_SET.format(rank=self._comm.rank, error=error), file=sys.stderr, flush=True)
         try:
             with ordinary_mode():
                 role.leave(error)
