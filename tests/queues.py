@@ -153,7 +153,7 @@ class QueueWorkerLink(WorkerLink):
         self.parameters = memory.allocate(published.size_bytes)
         self._queues, self._worker = queues, worker
         self._newest, self._announced = -1, -1
-        self._replies, self._end, self._pause, self._final = {}, None, None, None
+        self._replies, self._end, self._pause, self._final = {}, None, Pause(0, -1), None
         queues.open.add(self)
 
     def send(self, header):
@@ -202,8 +202,11 @@ class QueueWorkerLink(WorkerLink):
         self._poll()
         return self._end
 
-    def pause(self):
+    def loops(self):
         self._poll()
+        return self._pause.loops
+
+    def pause(self):
         return self._pause
 
     def take_final(self, target):

@@ -127,7 +127,7 @@ def loops_of(run):
 @TRANSPORTS
 def test_a_late_worker_leaves_a_loop_with_its_parameters_though_the_others_have_gone_on(transport):
     code = LATE.format(loops=3, late_in=1, late_s=1.2, step_s=0.1, between="pass")
-    run = run_script(4, code, timeout_s=40.0, env={"MPISYNC_TRANSPORT": transport})
+    run = run_script(4, code, env={"MPISYNC_TRANSPORT": transport})
     found = loops_of(run)
     assert [each[:2] for each in found[3]] == [(0, 8), (1, 16), (2, 24)]
     ends = {number: (version, sums) for number, version, _, _, sums in found[3]}
@@ -142,26 +142,27 @@ def test_a_late_worker_leaves_a_loop_with_its_parameters_though_the_others_have_
 def test_a_late_worker_is_waited_for_by_collectives_only(transport):
     """The root sits in a collective that the late worker is to come to, and answers nobody."""
     code = LATE.format(loops=2, late_in=0, late_s=1.0, step_s=0.0, between="comm.Barrier()")
-    found = loops_of(run_script(4, code, timeout_s=40.0, env={"MPISYNC_TRANSPORT": transport}))
+    found = loops_of(run_script(4, code, env={"MPISYNC_TRANSPORT": transport}))
     assert all([each[:2] for each in own] == [(0, 8), (1, 16)] for own in found.values())
     assert len({str([each[4] for each in own]) for own in found.values()}) == 1
 
 
 @TRANSPORTS
 def test_who_is_several_loops_late_comes_to_the_end_all_the_same(transport):
-    code = LATE.format(loops=6, late_in=0, late_s=1.5, step_s=0.0, between="pass")
-    found = loops_of(run_script(4, code, timeout_s=40.0, env={"MPISYNC_TRANSPORT": transport}))
+    # late in the second loop: in the first a rank may take its time to start
+    code = LATE.format(loops=6, late_in=1, late_s=1.5, step_s=0.0, between="pass")
+    found = loops_of(run_script(4, code, env={"MPISYNC_TRANSPORT": transport}))
     assert [each[1] for each in found[1]] == [each[1] for each in found[3]] == [8, 16, 24, 32, 40, 48]
     versions = [each[1] for each in found[0]]
     assert len(versions) == 6 and versions == sorted(versions) and versions[-1] == 48
-    assert found[3][5][3] < found[0][0][3], "nobody waited for it"
+    assert found[3][5][3] < found[0][1][3], "nobody waited for it"
 
 
 @TRANSPORTS
 def test_a_worker_that_dies_between_loops_is_no_loss(transport):
     between = "os._exit(0) if session.worker == 0 and number == 0 else time.sleep(0.3)"
     code = LATE.format(loops=3, late_in=9, late_s=0, step_s=0.0, between=between)
-    run = run_script(4, code, timeout_s=40.0, env={"MPISYNC_TRANSPORT": transport})
+    run = run_script(4, code, env={"MPISYNC_TRANSPORT": transport})
     versions = {rank: [each[1] for each in own] for rank, own in _lines(run).items()}
     # plain mpirun ends the job for it: what counts is that nobody hangs
     assert versions[1][0] == versions[2][0] == 8 and not run.timed_out and run.left == ()

@@ -13,8 +13,8 @@ from mpisync.aggregation.members import Member, State
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.verdict import LOOP_OVER
 
-_SEND_S = 5.0  # how long the last version may take to be sent to those who wait for it
-_LOOK_S = 1e-3
+_SEND_S = 1.0  # how long the last version may take to be with those who wait for it
+_LOOK_S = 1e-4
 
 
 def serve_loop(root: Root, steps: int | None = None) -> Iterator[ClosedStep]:

@@ -85,8 +85,7 @@ class Worker:
         return self._ended() is not None or self._is_paused()
 
     def _is_paused(self) -> bool:
-        pause = self.link.pause()
-        return pause is not None and pause.loops > self.loop
+        return self.link.loops() > self.loop
 
     def end_loop(self, target: np.ndarray) -> None:
         """Copy the parameters at which the loop has ended into `target`, and go on to the next loop.
@@ -133,9 +132,7 @@ class Worker:
         reply = self._ask(Kind.GRADIENT, info, now_s)
         self.sequence += 1
         if reply is None:
-            self.again, pause = False, self.link.pause()
-            assert pause is not None  # else there is an answer
-            last = pause.version
+            self.again, last = False, self.link.pause().version
             return Verdict(last, False, max(0, last - self.version), last, LOOP_OVER, time.monotonic() - now_s)
         self._resume, self.again = reply.resume, bool(reply.again)
         return Verdict(

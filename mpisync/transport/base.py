@@ -117,9 +117,9 @@ class RootLink(abc.ABC):
         """Say that a loop is over, at the newest version, which a worker that comes late is to find all the same."""
 
     def has_unsent(self, worker: int) -> bool:
-        """Say whether parts of a version are still on their way to `worker`.
+        """Say whether the last version of a loop is still on its way to `worker`.
 
-        Never where all can read what was published.
+        Not where it takes nothing more than to read it.
         """
         return False
 
@@ -203,8 +203,12 @@ class WorkerLink(abc.ABC):
         """Return how the training ended, once it has."""
 
     @abc.abstractmethod
-    def pause(self) -> Pause | None:
-        """Return the newest end of a loop; None before there is one."""
+    def loops(self) -> int:
+        """Return how many loops have ended; asked often, so it is to cost little."""
+
+    @abc.abstractmethod
+    def pause(self) -> Pause:
+        """Return the newest end of a loop, where there is one."""
 
     @abc.abstractmethod
     def take_final(self, target: np.ndarray) -> int:

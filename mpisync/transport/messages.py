@@ -211,7 +211,7 @@ class MessageWorkerLink(WorkerLink):
         self._newest, self._coming, self._announced_version = -1, -1, -1
         self._held: deque[Reply] = deque()  # of a version that was sent unasked, until the worker wants it
         self._end: End | None = None
-        self._pause: Pause | None = None
+        self._pause = Pause(0, -1)
         self._backoff = Backoff()
         self._inbox = bytearray(REPLY_BYTES)
         self._listen = comm.Recv_init([self._inbox, MPI.BYTE], source=root, tag=Tag.REPLY)
@@ -315,9 +315,13 @@ class MessageWorkerLink(WorkerLink):
         self._poll()
         return self._end
 
-    def pause(self) -> Pause | None:
-        """Return the newest end of a loop that the root has told of."""
+    def loops(self) -> int:
+        """Return how many loops are over, as far as the root has told."""
         self._poll()
+        return self._pause.loops
+
+    def pause(self) -> Pause:
+        """Return the newest end of a loop that the root has told of."""
         return self._pause
 
     def take_final(self, target: np.ndarray) -> int:

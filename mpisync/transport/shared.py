@@ -175,6 +175,10 @@ class SharedRootLink(RootLink):
         store_release(self.board.words, _LOOPS, pause.loops)
         self._told = False
 
+    def has_unsent(self, worker: int) -> bool:
+        """Say whether `worker` has not copied the version of the pause yet."""
+        return self._pause is not None and load_acquire(self.board.taken, worker) < self._pause.loops
+
     def keep(self, living: Collection[int]) -> None:
         """Copy the version of the last pause to memory of its own, if anyone still needs it; else drop the one before.
 
@@ -183,8 +187,8 @@ class SharedRootLink(RootLink):
         """
         if self._pause is None:
             return
+        late = [worker for worker in self.workers if worker in living and self.has_unsent(worker)]
         loops, self._pause, source = self._pause.loops, None, self.board.parameters[self._version % self.board.buffers]
-        late = [w for w in self.workers if w in living and load_acquire(self.board.taken, w) < loops]
         store_release(self.board.words, _KEPT, -loops)
         if self._kept is not None:
             self._kept.close()
@@ -330,19 +334,21 @@ class SharedWorkerLink(WorkerLink):
         text = self._board.failure.tobytes().split(b"\0", 1)[0].decode(errors="replace")
         return End(int(self._board.words[_FINAL]), text)
 
-    def pause(self) -> Pause | None:
+    def loops(self) -> int:
+        """Read how many loops are over."""
+        return load_acquire(self._board.words, _LOOPS)
+
+    def pause(self) -> Pause:
         """Read how many loops are over, and at which version the last of them was."""
-        while loops := load_acquire(self._board.words, _LOOPS):
-            pause = Pause(loops, int(self._board.words[_PAUSED]))
+        while True:
+            pause = Pause(self.loops(), int(self._board.words[_PAUSED]))
             fence()
-            if load_acquire(self._board.words, _LOOPS) == loops:
+            if self.loops() == pause.loops:
                 return pause
-        return None
 
     def take_final(self, target: np.ndarray) -> int:
         """Copy the version from where it was published, or from where it is kept since."""
         pause = self.pause()
-        assert pause is not None  # else nobody asks
         version = self.read(target)
         if version != pause.version:
             kept = load_acquire(self._board.words, _KEPT)
