@@ -54,6 +54,7 @@ class ScriptedWorker:
     sequence: int = 0
     ordinal: int = 0
     handed: int = 0
+    loop: int = 0
     resume: int | None = None
     said: dict[int, Header] = field(default_factory=dict)  # gradients by ordinal
     verdicts: dict[int, object] = field(default_factory=dict)  # replies by sequence
@@ -266,6 +267,7 @@ class World:
                 samples, loss=0.5, peak=peak,
                 batches=self.late.pool.batches if kind == Kind.CLAIM else int(kind == Kind.GRADIENT),
             ),
+            loop=worker.loop,
         )  # fmt: skip
         if kind == Kind.GRADIENT:
             worker.said[worker.ordinal] = header
@@ -340,9 +342,9 @@ class World:
 
     # -- the root ----------------------------------------------------------------------------------
 
-    def serve(self, steps, each=lambda closed, record: None):
+    def serve(self, steps, each=lambda closed, record: None, *, serving=None):
         """Serve, and hold each step against the invariants; the records."""
-        for closed in self.root.serve(steps):
+        for closed in self.root.serve(steps) if serving is None else serving:
             mean = closed.mean[0].copy()
             theta = self.layout.arrays(self.parameters)[0]
             theta -= np.float32(0.1) * mean

@@ -13,6 +13,7 @@ from playing import cycling
 from scripted import ScriptedWorker, Stuck, World, value_of
 
 from mpisync.aggregation.errors import PeerFailed
+from mpisync.aggregation.loops import serve_loop
 from mpisync.aggregation.members import State
 from mpisync.aggregation.shutdown import ENDED, farewell
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
@@ -489,3 +490,41 @@ def test_a_world_that_cannot_go_on_says_so():
     world = World(workers(1.0, math.inf), BackupWorkers(0))
     with pytest.raises(Stuck):
         world.serve(1)
+
+
+# -- several loops ---------------------------------------------------------------------------------
+
+
+def test_a_gradient_of_a_loop_that_is_over_is_late_and_its_worker_is_sent_nothing(pieces):
+    """Else it would take the newest version for the one at which its loop ended."""
+    world = World(workers(1.0, 1.0, 4.5), BackupWorkers(1), pieces=[number for number in pieces if number < 3])
+    slow = world.workers[2]
+    world.serve(None, serving=serve_loop(world.root, 3))
+    assert world.now_s == 103.0 and not slow.verdicts
+    for worker in world.workers[:2]:
+        worker.loop, worker.link.paused = 1, False
+        world.say(worker, Kind.READY)
+    world.serve(None, serving=serve_loop(world.root, 6))
+    (verdict,) = slow.verdicts.values()
+    assert verdict.text == "the loop has ended" and verdict.late_by == 4 and slow.link.served[2] == 0
+    assert world.root.version == 6
+
+
+def test_who_has_left_a_loop_counts_in_the_next_where_it_asks_for_it():
+    world = World(workers(*[[1.0] * 9] * 2), BackupWorkers(0))
+    one, other = world.workers
+    world.serve(None, serving=serve_loop(world.root, 2))
+    other.loop = one.loop = 1
+    world.links[0].paused = False
+    world.say(one, Kind.READY)
+    world.say(other, Kind.READY)
+
+    def leave(closed, record):
+        if closed.step == 2:
+            other.loop, other.ended = 2, True  # by `break`, and it comes to the next loop already
+            world.say(other, Kind.READY)
+
+    world.serve(None, leave, serving=serve_loop(world.root, 4))
+    assert world.root.version == 4 and world.root.roster.living == {0}
+    world.root.go_on()
+    assert world.root.roster.living == {0, 1}
