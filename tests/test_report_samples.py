@@ -48,6 +48,9 @@ def test_how_a_run_ended_is_told(tmp_path):
     assert "It failed at version 3: rank 1: <boom>" in text
     planned = replace(TOLD, steps=3)
     assert "It ended at version 3. " in plain(" ".join(summary(told(tmp_path / "whole", header=planned))))
+    several_loops = told(tmp_path / "loops", header=replace(TOLD, steps=2))  # of which the header knows the first
+    assert "It ended at version 3. " in plain(" ".join(summary(several_loops)))
+    assert not any(row.startswith("planned") for row in rows(facts_card(several_loops, "")))
 
 
 def test_a_record_without_an_end_goes_on_or_was_killed(tmp_path):

@@ -28,7 +28,7 @@ class RunHeader:
         settings: All settings that an update depends on, by name.
         format: Of the record.
         command: The script and its arguments, as the root had them.
-        steps: How many were planned; None if the run was to end otherwise.
+        steps: How many were planned for the first loop; None if it was to end otherwise.
         root_host: The root's host.
         root_cores: How many cores the root's process may use.
         root_threads: How many threads torch has there.

@@ -77,6 +77,12 @@ class Run:
         return len(self.steps["opened_s"])
 
     @property
+    def planned(self) -> int | None:
+        """How many steps were planned, as the header says of the first loop; None where more were made."""
+        steps = self.header.steps
+        return steps if steps is not None and len(self) <= steps else None
+
+    @property
     def took_s(self) -> float:
         """From the first step's opening to the last one's publication."""
         return float(self.steps["published_s"][-1] - self.steps["opened_s"][0]) if len(self) else 0.0

@@ -27,7 +27,7 @@ def facts_card(figures: Figures, name: str) -> str:
         ("record", safe(figures.run.path)),
         ("policy", safe(header.policy)),
         ("started", date(header.started_unix_s)),
-        ("planned", many(header.steps, "step") if header.steps is not None else ""),
+        ("planned", many(planned, "step") if (planned := figures.run.planned) is not None else ""),
         ("seed", safe(header.seed, 40)),
         ("optimizer", ", ".join(safe(text, 400) for text in (header.optimizer, header.scheduler) if text)),
         ("parameters", _parameters(header)),

@@ -154,7 +154,7 @@ def _selected(figures: Figures) -> str:
 
 def _ended(figures: Figures) -> str:
     run = figures.run
-    end, planned = run.end, run.header.steps
+    end, planned = run.end, run.planned
     if end is None:
         how = "is not known" if run.is_damaged else "is not recorded: it goes on, or was killed"
         return f"How the run ended {how}.{f' {planned:,} steps were planned.' if planned is not None else ''}"

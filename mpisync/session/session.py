@@ -214,8 +214,8 @@ class Session:
         late at a loop's end holds up nobody, and comes to what follows when it can.
 
         Args:
-            loader: A DataLoader, a list of batches, or any iterable of batches. A DistributedSampler is taken over; another
-                sampler of your own, and an iterable other than a list, are taken as they are.
+            loader: A DataLoader, a list of batches, or any iterable of batches. A DistributedSampler is taken over;
+                another sampler of your own, and an iterable other than a list, are taken as they are.
             steps: How many versions this loop makes; without it and `epochs`, until `stop`.
             epochs: How many times every sample is used; under ``on_late="requeue"`` only. The last updates may take
                 fewer gradients than others, where samples run out.
