@@ -142,7 +142,8 @@ class Root:
                 gradient is rejected.
             RuntimeError: A closed step was not published.
         """
-        limits = [limit for limit in (steps, self.policy.steps) if limit is not None]
+        stopped_at = self.version if self._stop_asked else None  # in the loop before
+        limits = [limit for limit in (steps, self.policy.steps, stopped_at) if limit is not None]
         last = self.roster.last = min(limits, default=-1)
         while last < 0 or self.version < last:
             closed = self._run_until_closed()
