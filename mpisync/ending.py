@@ -72,7 +72,8 @@ def _abort_on(show: Callable[..., Any]) -> Callable[..., None]:
             time.sleep(_ECHO_S)
         else:
             show(kind, error, trace)
-            if _rank is not None:  # the traceback does not say it, and the others may not come to do so
+            if _rank is not None and (_watched_by is not None or _running_mpi() is not None):
+                # the traceback does not say it, and the others may not come to do so
                 print(f"mpisync: rank {_rank.rank} failed: the job is aborted", file=sys.stderr, flush=True)
         _abort(1)
 
