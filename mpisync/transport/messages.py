@@ -333,10 +333,14 @@ class MessageWorkerLink(WorkerLink):
         self._backoff.sleep(timeout_s, busy=bool(self._sends or self._receives))
 
     def close(self) -> None:
-        """Complete the sends; the root receives them all, wanted or not."""
+        """Complete the sends; the root receives them all, wanted or not, and so does this side what was sent unasked.
+
+        What was left would be taken for a message of the next run on this communicator.
+        """
+        self._poll(receives=True)
         while self._sends or self._receives:
-            self._poll()
             self.wait(LONGEST_S)
+            self._poll(receives=True)
         self._listen.Cancel()
         self._listen.Wait()
         self._listen.Free()
