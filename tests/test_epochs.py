@@ -1,5 +1,6 @@
 """Several loops in one session, as epochs are: every rank leaves each at one version, and late ones hold up nobody."""
 
+import os
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import run_script
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from training import DATA, WORKERS, fails_everywhere, flat, loader, new_model, on_all, on_union, sgd
 
 import mpisync
@@ -175,8 +176,6 @@ def test_a_worker_that_dies_between_loops_leaves_nobody_waiting(transport):
 def test_every_sample_has_its_account_over_all_loops(comm, monkeypatch, transport, on_late, policy):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     monkeypatch.setenv("MPISYNC_POLICY", policy)
-    if policy.startswith("async") and on_late == "carry":
-        pytest.skip("nothing is late enough to be carried")
     model, rng = new_model(), np.random.default_rng(comm.rank)
     accepted = 0
     with mpisync.Session(comm, model, sgd(model), on_late=on_late, progress=False) as session:
@@ -303,9 +302,13 @@ def test_all_may_leave_a_loop_by_break(comm):
 def test_stop_ends_this_loop_and_all_that_follow(comm, monkeypatch, transport):
     monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     model, verdicts = new_model(), []
+
+    def stop(session):
+        if session.worker == 0 and session.version >= 7:
+            session.stop()
+
     with mpisync.Session(comm, model, sgd(model), progress=False) as session:
         for _ in range(4):
-            stop = lambda session: session.worker == 0 and session.version >= 7 and session.stop()  # noqa: E731
             verdicts.append(len(epoch(session, model, BATCHES, steps=5, each=stop)))
     assert 7 <= session.version < 10 and verdicts[2:] == [0, 0]
     assert len(set(on_all(comm, session.version))) == 1
@@ -368,16 +371,24 @@ def test_an_iterator_for_each_loop_is_a_new_one():
     data.close()
 
 
+class Marked(Dataset):
+    """Samples that tell which process has drawn them."""
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, index):
+        return *DATA[index], os.getpid()
+
+
 @pytest.mark.parallel(WORKERS + 1)
 def test_processes_of_a_loader_live_on_from_loop_to_loop(comm):
-    model = new_model()
-    data = DataLoader(DATA, batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
-    processes = []
+    model, pids = new_model(), set()
+    data = DataLoader(Marked(), batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
     with mpisync.Session(comm, model, sgd(model), progress=False) as session:
         for _ in range(3):
-            epoch(session, model, data, steps=3)
-            if session.worker is not None:
-                iterator = session._role._data._batches._drawn.gi_frame  # it is under way
-                assert iterator is not None
-            processes.append(session.version)
-    assert processes == [3, 6, 9]
+            for x, y, drawn_by in session.batches(data, steps=3):
+                pids.update(drawn_by.tolist())
+                loss_of(model, x, y).backward()
+                session.step()
+    assert session.version == 9 and len(pids) == (session.worker is not None) and os.getpid() not in pids

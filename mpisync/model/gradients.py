@@ -67,15 +67,14 @@ class GradientCopier:
         if gradient.stride() != target.stride() or gradient.dtype is not target.dtype:
             target.copy_(gradient)
             return peak_of(_flat(target))
-        return kernel(array_of(gradient), array_of(target), self._dtypes[index])
+        return kernel(_array(gradient), _array(target), self._dtypes[index])
 
 
 def _flat(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def array_of(dense: Tensor) -> Array:
-    """Return the memory of a dense tensor as a flat array; 16-bit floats as uint16, for NumPy lacks one of them."""
+def _array(dense: Tensor) -> Array:
     flat = _flat(dense)
     return (flat.view(torch.uint16) if flat.itemsize == 2 else flat).numpy()
 
