@@ -28,6 +28,7 @@ from mpisync import launchers, siblings, subprocesses, watcher
 _ECHO_S = 1.0  # the rank where it began is given so long to show its traceback first
 _READ_S = 1.0  # the launcher is given so long to read what was written before an abort
 _FAILED_S, _ENDED_S = 3.0, 10.0  # how long others are given to end too, behind an error and without
+_WATCHER_S = 10.0  # the watcher is given so long to end a job of which a rank is gone
 _rank: launchers.Placement | None = None  # of this process; None where it is none, or not set up
 _watched_by: int | None = None  # the launcher's daemon, where our watcher ends the job in its stead
 _last_exit: tuple[object, FrameType, int] | None = None  # of `sys.exit`: its code, the script, and where that was
@@ -197,6 +198,16 @@ def _wait_for_others(code: int) -> None:
             flush=True,
         )
         _abort(code)
+    if _watched_by is not None:
+        _leave_a_death_to_the_watcher()
+
+
+def _leave_a_death_to_the_watcher() -> None:
+    """Stay out of MPI_Finalize where a rank of this node died: under ULFM it succeeds, and the job would end with 0."""
+    started = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0"))
+    end_s = time.monotonic() + _WATCHER_S
+    while len({sibling.rank for sibling in siblings.find()}) < started and time.monotonic() < end_s:
+        time.sleep(0.1)
 
 
 def _running() -> list[siblings.Sibling]:
