@@ -203,7 +203,8 @@ def long_run(workers, steps):
     end = RunEnd(steps, "", [], handed, used, discarded, [0] * workers, peak_rss_bytes=[10**9] * (workers + 1))
     header = replace(TOLD, policy="backup:5", workers=workers, hosts=hosts, transports=["messages", "shared memory"])
     header = replace(header, transports=header.transports * (workers // 2))
-    return Run("long.jsonl", header, 0, columns, gradients, end=end)
+    metrics = {"version": np.zeros(0, int), "value": np.zeros(0)}
+    return Run("long.jsonl", header, 0, columns, gradients, metrics, end=end)
 
 
 def test_a_pages_size_does_not_grow_with_the_run():

@@ -23,6 +23,9 @@ class Inbox:
         me: The root's process.
         clock: Monotonic seconds; that of the workers on this node.
         ties: Breaks ties.
+
+    Attributes:
+        metrics: (version, value) of each evaluation that workers told of, until `take_metrics`.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Inbox:
         self._links, self._members, self._me = links, members, me
         self._clock, self._ties = clock, ties
         self._kept: deque[Heard] = deque()
+        self.metrics: list[tuple[int, float]] = []
 
     def take(self) -> deque[Heard]:
         """Return all headers that have come and were not handled yet, first completed first.
@@ -51,6 +55,15 @@ class Inbox:
             near = self._members[header.worker].peer.shares_kernel(self._me)
             at_s = min(header.stamp_s, now_s) if near else now_s
             heard.append((at_s, self._ties.random(), header))
+            if header.info.metric_version >= 0:
+                self.metrics.append((header.info.metric_version, header.info.metric))
         heard.sort(key=lambda entry: entry[:2])
         self._kept = deque(heard)
         return self._kept
+
+    def take_metrics(self) -> list[tuple[int, float]]:
+        """Return the metrics that came since they were last taken."""
+        if not (metrics := self.metrics):
+            return metrics
+        self.metrics = []
+        return metrics

@@ -46,6 +46,7 @@ class Worker:
         self.version = -1
         self.sequence = 0
         self.handed = 0  # samples handed to the loop
+        self.metric: tuple[int, float] | None = None  # version and value, to be told with the next message
         self.again = False  # whether the newest gradient's batches are to be computed on again
         self._end: End | None = None
         self.loop = 0  # of the session: the one that this worker is in, or that comes next
@@ -215,6 +216,10 @@ class Worker:
     ) -> int:
         self._ordinal += 1
         is_last = kind in (Kind.LEAVE, Kind.BYE)
+        info = GradientInfo() if info is None else info
+        if self.metric is not None:
+            (version, value), self.metric = self.metric, None
+            info = info._replace(metric=value, metric_version=version)
         header = Header(
             self._incarnation,
             kind,
@@ -224,7 +229,7 @@ class Worker:
             self.version,
             self.handed,
             time.monotonic() if stamp_s is None else stamp_s,
-            GradientInfo() if info is None else info,
+            info,
             peak_rss_bytes() if is_last else 0,
             self.loop,
             text,

@@ -18,10 +18,16 @@ class Schedule:
     Args:
         schedulers: The user's; none if there are none.
         optimizers: Whose learning rates they set.
+        by_metric: Those of them that are stepped by the script's own metric instead, whenever there is one.
     """
 
-    def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
-        self._schedulers = [(one, type(one).step, bool(_needed(one))) for one in schedulers]
+    def __init__(
+        self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer], by_metric: Sequence[Any] = ()
+    ) -> None:
+        self._by_metric = [(one, type(one).step) for one in by_metric]
+        self._has_metric = False
+        per_version = [one for one in schedulers if not any(one is other for other in by_metric)]
+        self._schedulers = [(one, type(one).step, bool(_needed(one))) for one in per_version]
         # A scheduler that goes by the loss, or is none of torch's, may do more than set rates: the root's alone does.
         self._followed = [
             (one, step) for one, step, wants_loss in self._schedulers if isinstance(one, LRScheduler) and not wants_loss
@@ -48,6 +54,17 @@ class Schedule:
                     stacklevel=2,
                 )
 
+    def measure(self, metric: float) -> None:
+        """Step those that go by the script's metric."""
+        self._has_metric = True
+        for scheduler, step in self._by_metric:
+            step(scheduler, metric)
+
+    @property
+    def lacks_metric(self) -> bool:
+        """Whether schedulers that go by the metric were never stepped, for want of one."""
+        return bool(self._by_metric) and not self._has_metric
+
     def lags(self, version: int) -> bool:
         """Say whether `follow` has something to do."""
         return version > self._version and bool(self._followed)
@@ -61,17 +78,26 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         """Return the version that the schedulers are at, and their own states."""
-        return {"version": self._version, "schedulers": [one.state_dict() for one, _, _ in self._schedulers]}
+        owners = (*self._schedulers, *self._by_metric)
+        return {"version": self._version, "schedulers": [one.state_dict() for one, *_ in owners]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._version = state["version"]
-        for (scheduler, _, _), own in zip(self._schedulers, state["schedulers"], strict=True):
+        for (scheduler, *_), own in zip((*self._schedulers, *self._by_metric), state["schedulers"], strict=True):
             scheduler.load_state_dict(own)
 
 
-def check_schedulers(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
-    """Raise TypeError or ValueError for a scheduler that cannot be stepped once a version."""
+def check_schedulers(
+    schedulers: Sequence[Any], optimizers: Sequence[Optimizer], by_metric: Sequence[Any] = ()
+) -> None:
+    """Raise TypeError or ValueError for a scheduler that cannot be stepped once a version, or by the metric."""
+    for scheduler in by_metric:
+        if callable(getattr(type(scheduler), "step", None)) and not _needed(scheduler):
+            raise ValueError(
+                f"metric_scheduler is stepped by a metric, as ReduceLROnPlateau is, but {type(scheduler).__name__}"
+                ".step takes none: give it as scheduler="
+            )
     for index, scheduler in enumerate(schedulers):
         _check(scheduler, optimizers)
         if any(scheduler is before for before in schedulers[:index]):

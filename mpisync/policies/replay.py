@@ -94,6 +94,10 @@ class Replay(Policy):
             own[worker].append(lots)
         return own
 
+    def metrics(self, step: int) -> list[tuple[int, float]]:
+        """Return (version, value) of each evaluation by which the recorded step's schedulers were stepped."""
+        return self._script.metrics.get(step, [])
+
     def check(self, workers: int) -> None:
         """Refuse another number of workers than was recorded."""
         needed = self._script.workers if self.header is None else self.header.workers
@@ -165,6 +169,7 @@ class _Script:
         self.versions = _versions(steps)
         arrivals = [arrival for step in steps for arrival in step.arrivals]
         self.lots = {(a.worker, a.sequence): a.lots for a in arrivals if a.lots is not None}
+        self.metrics = {step.step: step.metrics for step in steps if step.metrics}
         self.turns: dict[Gradient, Turn] = {}
         self.owed: defaultdict[int, set[Gradient]] = defaultdict(set)
         for record in steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -153,6 +154,8 @@ class StepRecord:
         norms: The sum of the squared norms of the accepted gradients, and the squared norm of their
             mean; None where they were not wanted.
         why: Why the policy wanted what it did; None where it decides nothing from step to step.
+        metrics: (version, value) of each evaluation of the script's that was known when the step was updated, and
+            by which schedulers were stepped; None where there was none.
 
     Example:
         >>> step = StepRecord(
@@ -179,6 +182,7 @@ class StepRecord:
     counts: dict[str, int] = field(default_factory=dict)
     norms: tuple[float, float] | None = None
     why: str | None = None
+    metrics: list[tuple[int, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,7 @@ class RunEnd:
         lost: Those in a worker's hands when it left or died. What is missing to `handed` was in flight still.
         requeued: Those of late gradients that were computed again, by this worker or another.
         peak_rss_bytes: The largest memory of each worker's process, then of the root's; 0 where it did not tell.
+        metrics: (version, value) of evaluations that were told after the last step.
 
     Example:
         >>> end = RunEnd(version=9, failure="", arrivals=[], handed=[80], used=[72], discarded=[8], lost=[0])
@@ -211,6 +216,7 @@ class RunEnd:
     lost: list[int]
     requeued: list[int] = field(default_factory=list)
     peak_rss_bytes: list[int] = field(default_factory=list)
+    metrics: list[tuple[int, float]] = field(default_factory=list)
 
 
 class StepChecker:
@@ -255,6 +261,7 @@ class StepChecker:
         self._due = record.step + 1
         for worker, sequence, version in record.accepted:
             self._gradient(worker, sequence, version, record.step)
+        self._metrics(record.metrics or (), record.step)
         accepted = set(record.accepted)
         for arrival in record.arrivals:
             worker, sequence, version = arrival.worker, arrival.sequence, arrival.version
@@ -274,6 +281,7 @@ class StepChecker:
         """
         if self._due is not None and end.version != self._due:
             raise ValueError(f"a run ends at the version of its last step, {self._due}, but here is {end.version}")
+        self._metrics(end.metrics, end.version)
         for arrival in end.arrivals:
             if arrival.verdict == "accepted":
                 raise ValueError(f"worker {arrival.worker}'s gradient {arrival.sequence} is accepted in no step")
@@ -285,6 +293,11 @@ class StepChecker:
         for worker, (handed, *spent) in enumerate(zip(*accounts, strict=True)):
             if min(handed, *spent) < 0 or sum(spent) > handed:
                 raise ValueError(f"worker {worker} was handed {handed} samples, but {sum(spent)} are accounted for")
+
+    def _metrics(self, metrics: Iterable[tuple[int, float]], step: int) -> None:
+        for version, _ in metrics:
+            if not 0 <= version <= step:
+                raise ValueError(f"a metric's version must be from 0 to its step, {step}, but here is {version}")
 
     def _gradient(self, worker: int, sequence: int, version: int, step: int) -> None:
         if not 0 <= worker < self._workers:

@@ -16,6 +16,7 @@ from mpisync.reports.words import count, safe, seconds, share, size
 __all__ = [
     "key_figures",
     "loss_chart",
+    "metric_chart",
     "response_card",
     "split_chart",
     "verdict_card",
@@ -60,7 +61,8 @@ def key_figures(runs: Sequence[Figures], names: Sequence[str]) -> str:
         ("Gradients too late", lambda f: _part(f, LATE)),
         ("Gradients rejected", lambda f: _part(f, REJECTED)),
         ("Steps without update", lambda f: f"{int((f.run.steps['updated'] == 0).sum()):,}"),
-        ("Loss, last", lambda f: count(float(f.curve.loss[-1])) if len(f.curve) else "–"),
+        ("Loss, last", lambda f: count(float(f.curve.values[-1])) if len(f.curve) else "–"),
+        ("Metric, last", lambda f: count(float(f.metric.values[-1])) if len(f.metric) else "–"),
         ("One gradient", lambda f: size(float(f.run.gradients["bytes"].max(initial=0)))),
         ("Gradients moved", lambda f: size(sum(f.travelled_bytes))),
         ("… of that in vain", lambda f: share(f.travelled_bytes[1], sum(f.travelled_bytes))),
@@ -96,14 +98,26 @@ def loss_chart(
     curves: Sequence[Curve], names: Sequence[str], *, by_samples: bool = False
 ) -> str:
     """Return the loss of all runs, over time or over samples."""
+    caption = "Mean of each step's accepted gradients; the band spans the steps of a point."
+    return _course(curves, names, "Training loss", "loss", caption, by_samples=by_samples)
+
+
+def metric_chart(curves: Sequence[Curve], names: Sequence[str], *, by_samples: bool = False) -> str:
+    """Return the metric of all runs, over time or over samples."""
+    caption = "What session.evaluate found, at the time when the version that it evaluated was published."
+    return _course(curves, names, "Metric", "metric", caption, by_samples=by_samples)
+
+
+def _course(
+    curves: Sequence[Curve], names: Sequence[str], subject: str, y_name: str, caption: str, *, by_samples: bool
+) -> str:
     end_s = max(float(curve.time_s[-1]) for curve in curves if len(curve))
     unit, unit_s = next(unit for unit in _UNITS if end_s >= 2 * unit[1] or unit is _UNITS[-1])
     title, x_name = ("By samples that counted", "samples") if by_samples else ("By time", unit)
     drawn = [
-        Line(c.samples if by_samples else c.time_s / unit_s, c.loss, c.low, c.high) for c in curves
+        Line(c.samples if by_samples else c.time_s / unit_s, c.values, c.low, c.high) for c in curves
     ]
-    chart = lines(drawn, f"Training loss: {title}", x_name)
-    caption = "Mean of each step's accepted gradients; the band spans the steps of a point."
+    chart = lines(drawn, f"{subject}: {title}", x_name, y_name)
     key = _key((name, "") for name, curve in zip(names, curves, strict=True) if name and len(curve))
     return f"<figure><h3>{title}</h3><figcaption>{caption}</figcaption>{chart}{key}</figure>"
 

@@ -69,6 +69,7 @@ def lines(
     curves: Sequence[Line],
     title: str,
     x_name: str,
+    y_name: str = "loss",
 ) -> str:
     """Return a chart of one or several curves; the n-th is drawn in the style ``rn``.
 
@@ -76,6 +77,7 @@ def lines(
         curves: What to draw; those without points are left out.
         title: What it shows, for those who cannot see it.
         x_name: What goes to the right.
+        y_name: What goes up.
     """
     shown = [(place, curve) for place, curve in enumerate(curves) if len(curve.x)]
     x_scale = _Scale(
@@ -86,7 +88,7 @@ def lines(
     heights = [heights for _, curve in shown for heights in (curve.y, curve.low, curve.high)]
     y_scale = _Scale(np.concatenate(heights), (_HEIGHT - _BOTTOM, _TOP), may_log=True)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">']
-    parts += _axes(x_scale, y_scale, x_name)
+    parts += _axes(x_scale, y_scale, x_name, y_name)
     for place, curve in shown:
         x = x_scale(curve.x)
         edge = _path(np.append(x, x[::-1]), y_scale(np.append(curve.low, curve.high[::-1])))
@@ -99,7 +101,7 @@ def lines(
     return "".join(parts) + "</svg>"
 
 
-def _axes(x_scale: _Scale, y_scale: _Scale, x_name: str) -> list[str]:
+def _axes(x_scale: _Scale, y_scale: _Scale, x_name: str, y_name: str) -> list[str]:
     parts = []
     ticks = y_scale.ticks(4)
     for tick in ticks:
@@ -113,7 +115,7 @@ def _axes(x_scale: _Scale, y_scale: _Scale, x_name: str) -> list[str]:
         x = float(x_scale(np.array(tick)))
         anchor = "end" if x > _WIDTH - 30 else "mid"
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 20}" class="{anchor}">{_short(tick, max(ticks))}</text>')
-    name = f"{x_name}{' (loss: log scale)' if y_scale.is_log else ''}"
+    name = f"{x_name}{f' ({y_name}: log scale)' if y_scale.is_log else ''}"
     parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" class="mid">{name}</text>')
     return parts
 

@@ -56,6 +56,7 @@ class Run:
             ``compute_s``, ``data_s``, ``loss``, ``cost``, which are nan where they are not known. Beside
             them ``own_samples``, without those of late gradients that were added in, and ``counted``:
             whether it was accepted, or added to one that was.
+        metrics: Of each evaluation that the script told of, in the record's order: its ``version`` and ``value``.
         reasons: How many gradients were rejected for which reason.
         notices: What is missing of it, and why.
         end: How it ended; None where that is not recorded.
@@ -67,6 +68,7 @@ class Run:
     first: int
     steps: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
+    metrics: dict[str, np.ndarray]
     reasons: Counter[str] = field(default_factory=Counter)
     notices: list[str] = field(default_factory=list)
     end: RunEnd | None = None
@@ -140,6 +142,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         for step in reader:
             columns.add(step)
         end, is_damaged = _sound_end(reader.end), False
+        if end is not None:
+            columns.end(end)
     except (ValueError, OverflowError, RecursionError) as error:
         notices.append(f"{error}. Shown are the {columns.taken:,} steps before it.")
     if reader.torn is not None:
@@ -190,6 +194,7 @@ class _Columns:
         }
         self._accepted, self._arrived, self._verdicts = array("q"), array("q"), array("b")
         self._reasons: Counter[str] = Counter()
+        self._metrics: list[tuple[int, float]] = []
         self._carrying: list[tuple[int, list[int]]] = []  # gradients' positions, and the sequences added in
 
     def add(self, step: StepRecord) -> None:
@@ -207,6 +212,7 @@ class _Columns:
                 values = [math.nan if value is None else value for value in values]
             column.extend(values)
         self._verdicts.extend([_CODES[arrival.verdict] for arrival in arrivals])
+        self._metrics.extend(step.metrics or ())
         self._accepted.append(len(step.accepted))
         self._arrived.append(len(arrivals))
         if not self.taken:
@@ -238,7 +244,20 @@ class _Columns:
         gradients["verdict"] = _numbers(self._verdicts)[:shown]
         gradients["arrived_s"] = steps["opened_s"][step[:shown]] + gradients.pop("offset_s")
         _tell_carried(gradients, [(place, added) for place, added in self._carrying if place < shown])
-        return Run(path, header, self._first, steps, gradients, self._reasons, notices)
+        return Run(path, header, self._first, steps, gradients, self._told(sound), self._reasons, notices)
+
+    def end(self, end: RunEnd) -> None:
+        """Take what was told after the last step."""
+        self._metrics.extend(end.metrics)
+
+    def _told(self, sound: int) -> dict[str, np.ndarray]:
+        """Return the metrics that are numbers, of the first so many steps and the version they make."""
+        last = self._first + sound
+        told = [(version, value) for version, value in self._metrics if version <= last and math.isfinite(value)]
+        return {
+            "version": np.array([version for version, _ in told], dtype=np.int64),
+            "value": np.array([value for _, value in told], dtype=float),
+        }
 
 
 def _tell_carried(gradients: dict[str, np.ndarray], carrying: list[tuple[int, list[int]]]) -> None:

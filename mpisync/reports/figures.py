@@ -19,25 +19,25 @@ _STEPS_PER_POINT, _FEWEST_POINTS, _MOST_POINTS = 4, 20, 120  # a chart is some 3
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean loss of the accepted gradients, over a few steps each.
+    """A quantity in the course of a run: the loss, each point a mean over a few steps, or the script's metric.
 
     Attributes:
         time_s: Since the first step's opening.
         samples: That went into updates by then.
-        loss: The mean over the point's steps.
+        values: Its values; of the loss the mean over the point's steps.
         low: The least of them.
         high: The greatest.
     """
 
     time_s: np.ndarray
     samples: np.ndarray
-    loss: np.ndarray
+    values: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
     def __len__(self) -> int:
         """How many points it has."""
-        return len(self.loss)
+        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Figures:
         step_s: The median and 95th percentile of the time from a step's opening to its publication.
         travelled_bytes: Bytes of gradients that travelled, of those that counted and of the others.
         curve: The loss; empty where no worker sent it.
+        metric: The script's metric; empty where it has none.
         selection: What became of samples by their cost; None where no cost is known.
     """
 
@@ -69,6 +70,7 @@ class Figures:
     step_s: tuple[float, float]
     travelled_bytes: tuple[float, float]
     curve: Curve
+    metric: Curve
     selection: Selection | None
 
     @property
@@ -118,6 +120,7 @@ def figures(run: Run) -> Figures:
         step_s=(_quantile(lasted_s, 0.5), _quantile(lasted_s, 0.95)),
         travelled_bytes=(float(travelled[counted].sum()), float(travelled[~counted].sum())),
         curve=_curve(run),
+        metric=_metric(run),
         selection=select(run),
     )
 
@@ -193,10 +196,22 @@ def _curve(run: Run) -> Curve:
     return Curve(
         time_s=steps["published_s"][lasts] - steps["opened_s"][:1],
         samples=np.cumsum(steps["samples_used"].astype(float))[lasts],
-        loss=np.add.reduceat(means, starts) / sizes if bins else means,
+        values=np.add.reduceat(means, starts) / sizes if bins else means,
         low=np.minimum.reduceat(means, starts) if bins else means,
         high=np.maximum.reduceat(means, starts) if bins else means,
     )
+
+
+def _metric(run: Run) -> Curve:
+    """Return the metric, by when the evaluated version could be had."""
+    values = run.metrics["value"]
+    # version v is what step v-1 has made; the first one was there from the beginning
+    made = np.clip(run.metrics["version"] - run.first, 0, len(run))
+    ready_s = np.concatenate([run.steps["opened_s"][:1], run.steps["published_s"]])
+    samples = np.concatenate([np.zeros(1), np.cumsum(run.steps["samples_used"].astype(float))])
+    if not len(run):
+        values, made = values[:0], made[:0]
+    return Curve(ready_s[made] - run.steps["opened_s"][:1], samples[made], values, values, values)
 
 
 def seconds_to_loss(curves: list[Curve]) -> tuple[float, list[float]] | None:
@@ -213,7 +228,7 @@ def seconds_to_loss(curves: list[Curve]) -> tuple[float, list[float]] | None:
     """
     if not curves or not all(len(curve) for curve in curves):
         return None
-    smooth = [_smooth(curve.loss) for curve in curves]
+    smooth = [_smooth(curve.values) for curve in curves]
     loss = max(float(values.min()) for values in smooth)
     firsts = [int(np.argmax(values <= loss)) for values in smooth]
     return loss, [float(c.time_s[first]) for c, first in zip(curves, firsts, strict=True)]

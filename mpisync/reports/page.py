@@ -8,6 +8,7 @@ from mpisync.reports.accounts import accounts_card, selection_card
 from mpisync.reports.cards import (
     key_figures,
     loss_chart,
+    metric_chart,
     response_card,
     split_chart,
     verdict_card,
@@ -115,12 +116,16 @@ def _body(runs: list[Figures], names: list[str]) -> list[str]:
 
 def _charts(runs: list[Figures], names: list[str]) -> list[str]:
     parts = ["<h2>Training loss</h2>"]
+    called = _called(runs, names) if any(names) else names
     if any(len(run.curve) for run in runs):
-        called = _called(runs, names) if any(names) else names
         curves = [run.curve for run in runs]
         parts.append(_grid([loss_chart(curves, called), loss_chart(curves, called, by_samples=True)], "pairs"))
     else:
         parts.append(_card("<p>Not recorded: <code>session.step(loss)</code> sends it.</p>"))
+    if any(len(run.metric) for run in runs):
+        metrics = [run.metric for run in runs]
+        charts = [metric_chart(metrics, called), metric_chart(metrics, called, by_samples=True)]
+        parts += ["<h2>Metric</h2>", _grid(charts, "pairs")]
     parts += ["<h2>Where workers' time went</h2>", _card(split_chart(runs, names))]
     shown = [(run, name) for run, name in zip(runs, names, strict=True) if len(run.run)]
     if len(runs) == 1:

@@ -142,10 +142,20 @@ def _time(figures: Figures) -> str:
 
 
 def _losses(figures: Figures) -> str:
-    loss = figures.curve.loss
+    loss = figures.curve.values
     if not len(loss):
         return ""
     return f"The training loss went from {count(float(loss[0]))} to {count(float(loss[-1]))}."
+
+
+def _metric(figures: Figures) -> str:
+    found = figures.metric.values
+    if not len(found):
+        return ""
+    if len(found) == 1:
+        return f"The metric was {count(float(found[0]))} when it was evaluated."
+    went = f"{count(float(found[0]))} to {count(float(found[-1]))}"
+    return f"The metric went from {went} in {len(found):,} evaluations."
 
 
 def _selected(figures: Figures) -> str:
@@ -171,7 +181,7 @@ def _dead(figures: Figures) -> str:
     return f"<b>{many(figures.run.header.workers - alive, 'worker')}</b> had left or died by the last step."
 
 
-_SENTENCES = (_ended, _fates, _selected, _slowest, _waited_for, _time, _losses, _dead)
+_SENTENCES = (_ended, _fates, _selected, _slowest, _waited_for, _time, _losses, _metric, _dead)
 
 
 def comparison(runs: list[Figures], names: list[str]) -> list[str]:

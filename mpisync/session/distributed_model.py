@@ -46,7 +46,7 @@ class DistributedModel:
             or problem_of(lambda: options.policy.check(comm.size - 1))
             or problem_of(lambda: check_replay(options))
             or problem_of(lambda: check_model_and_optimizers(model, optimizers))
-            or problem_of(lambda: check_schedulers(options.schedulers, optimizers))
+            or problem_of(lambda: check_schedulers(options.schedulers, optimizers, options.metric_schedulers))
             or problem_of(lambda: initial_average(FlatModel(model), options.average))
             or problem_of(lambda: check_aliases(model, optimizers))
         )

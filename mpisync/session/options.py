@@ -20,6 +20,7 @@ class Options:
 
     policy: Policy
     schedulers: tuple[Any, ...]
+    metric_schedulers: tuple[Any, ...]  # which of them go by the metric
     seed: int
     weight: Literal["equal", "samples"]
     clip_norm: float | None

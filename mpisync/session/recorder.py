@@ -10,6 +10,7 @@ from typing import Any
 
 from mpisync.aggregation.account import Account
 from mpisync.aggregation.late_work import late_work_of
+from mpisync.model.scheduler import Schedule
 from mpisync.policies import Replay
 from mpisync.records import ArrivalRecord, RecordWriter, RunEnd, RunHeader, StepRecord
 from mpisync.records.schema import recorded_late_work
@@ -112,8 +113,10 @@ class Recorder:
         if self._options.progress:
             self._progress = Progress(steps, self._hosts, is_alive=self._is_alive)
 
-    def step(self, record: StepRecord) -> None:
-        """Report a published step."""
+    def step(self, record: StepRecord, metrics: list[tuple[int, float]]) -> None:
+        """Report a published step, and the metrics that its schedulers were stepped by."""
+        if metrics:
+            record = replace(record, metrics=metrics)
         self._write(lambda writer: writer.step(record), f"ends before step {record.step}")
         if self._progress is not None:
             self._progress.step(record)
@@ -133,6 +136,7 @@ class Recorder:
         accounts: Sequence[Account],
         by_cost: Mapping[int, Account],
         peak_rss_bytes: Sequence[int],
+        metrics: Sequence[tuple[int, float]],
     ) -> None:
         """Say what became of the last gradients and of all samples, and close the record: everyone has left."""
         self._write_header(None)  # where the loop was never begun
@@ -148,8 +152,20 @@ class Recorder:
             lost=[account.lost for account in accounts],
             requeued=[account.requeued for account in accounts],
             peak_rss_bytes=list(peak_rss_bytes),
+            metrics=list(metrics),
         )
         self._write(lambda writer: writer.end(end), "lacks its last line")
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def tell_of_no_metric(schedule: Schedule) -> None:
+    """Say at the end of a run that what was to go by a metric had none."""
+    if schedule.lacks_metric:
+        print(
+            "mpisync: metric_scheduler= was never stepped, since no metric came: call session.evaluate(fn, every=..., "
+            "metric=True) behind session.step, with an every= that the run reaches",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -54,6 +54,8 @@ class Session:
             `Async`, `Adaptive`, `Replay`. MPISYNC_POLICY goes before it. Default: full synchronous SGD.
         scheduler: A learning-rate scheduler of `optimizer`, or of one of them, stepped once a version; one that goes
             by the loss (ReduceLROnPlateau) gets the mean loss of the accepted gradients. Or a list of schedulers.
+        metric_scheduler: A scheduler, or several, stepped by what ``evaluate(..., metric=True)`` finds, whenever it
+            comes, and not once a version: ReduceLROnPlateau by a validation metric.
         seed: What batches and random numbers follow from, with worker and sequence.
         weight: "equal", or "samples" to weight each gradient by its samples.
         clip_norm: The largest global norm of the mean gradient. What a loop clips itself, by
@@ -105,6 +107,7 @@ class Session:
         *,
         policy: Policy | None = None,
         scheduler: Any | Sequence[Any] | None = None,  # noqa: ANN401 (torch has no common class for schedulers)
+        metric_scheduler: Any | Sequence[Any] | None = None,  # noqa: ANN401 (nor one for these)
         seed: int = 0,
         weight: Literal["equal", "samples"] = "equal",
         clip_norm: float | None = None,
@@ -134,18 +137,21 @@ class Session:
         if not (on_step is None or callable(on_step)):
             raise TypeError(f"on_step must be a function that takes a step's record, not {on_step!r}")
         self._comm, self._model = comm, model
-        self._optimizer, self._scheduler = optimizer, scheduler  # one, or several, as the state is to be
+        self._optimizer = optimizer  # one, or several, as the state is to be
+        self._scheduler, self._metric_scheduler = scheduler, metric_scheduler
         self._optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-        schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
+        by_metric = _all(metric_scheduler)
         self._options = Options(
-            chosen_policy(policy), tuple(schedulers), seed, weight, clip_norm, clip_value, ema, average, own_copy,
+            chosen_policy(policy), (*_all(scheduler), *by_metric), by_metric, seed, weight,
+            clip_norm, clip_value, ema, average, own_copy,
             None if record is None else os.fspath(record),
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
         self._role: Role | None = None
         self._draws: DrawWatch | None = None  # of the newest loop
         self._loop: weakref.ref[SessionLoop] | None = None
-        self._evaluated = 0
+        self._evaluated: dict[tuple[object, ...], int] = {}  # how often, by where evaluate is called
+        self._measures: tuple[object, ...] | None = None  # where it finds the metric
         self.average: dict[str, Any] | None = None
 
     def __enter__(self) -> Session:
@@ -312,11 +318,14 @@ class Session:
         Args:
             average: Use the moving average of the parameters instead (needs ``ema=``).
         """
+        return self._snapshot(average=average)[1]
+
+    def _snapshot(self, *, average: bool) -> tuple[int, nn.Module]:
         if average and self._options.ema is None:
             raise ValueError("there is no average: pass ema= to Session")
         with ordinary_mode():
-            _, values = self._active.newest(average=average)
-            return copy_of(self._plain, values)
+            version, values = self._active.newest(average=average)
+            return version, copy_of(self._plain, values)
 
     @property
     def _plain(self) -> nn.Module:
@@ -325,20 +334,39 @@ class Session:
         return plain
 
     def evaluate(
-        self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False
+        self, fn: Callable[[nn.Module], _T], *, every: int, average: bool = False, metric: bool = False
     ) -> _T | None:
         """Call ``fn(snapshot)`` on one worker, once in `every` versions, while the others train.
 
         Call it in the loop behind `step`, on every worker. The one that evaluates is merely late.
 
+        Args:
+            fn: What to do with the snapshot, a private copy of the model.
+            every: In how many versions once. Each call in the script counts for itself.
+            average: Evaluate the moving average of the parameters instead (needs ``ema=``).
+            metric: Whether `fn` returns a number that goes to the root with this worker's next message: into the
+                record, where the report shows it, and to `metric_scheduler`. One call in the script may.
+
         Returns:
             What `fn` returned; None on other workers and when it is not yet time.
+
+        Raises:
+            TypeError: With `metric`, what `fn` returned is no number.
+            ValueError: With `metric`, another call finds the metric already.
         """
-        every = whole("every", every, 1)
-        if self.worker != 0 or self.version // every <= self._evaluated:
+        every, caller = whole("every", every, 1), sys._getframe(1)
+        here = (caller.f_code, caller.f_lasti, every)
+        if metric and self._measures not in (None, here):
+            raise ValueError("metric=True belongs to one call of evaluate in a script, but here is a second one")
+        self._measures = here if metric else self._measures
+        if self.worker != 0 or self.version // every <= self._evaluated.get(here, 0):
             return None
-        self._evaluated = self.version // every
-        return fn(self.snapshot(average=average))
+        self._evaluated[here] = self.version // every
+        version, model = self._snapshot(average=average)
+        found = fn(model)
+        if metric:
+            self._active.measure(version, number("with metric=True, what fn returns", found))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the newest version and the model's state; on the root also all else that a run goes on from.
@@ -353,6 +381,8 @@ class Session:
             state["optimizer"] = _states(self._optimizer)
             if self._scheduler is not None:
                 state["scheduler"] = _states(self._scheduler)
+            if self._metric_scheduler is not None:
+                state["metric_scheduler"] = _states(self._metric_scheduler)
             if self._options.ema is not None:
                 with ordinary_mode():
                     _, averages = self._active.newest(average=True)
@@ -368,6 +398,10 @@ def _limit(name: str, value: object) -> float | None:
     if limit is not None and not 0 < limit < math.inf:
         raise ValueError(f"{name} must be finite and greater than 0, not {limit}")
     return limit
+
+
+def _all(owner: Any) -> tuple[Any, ...]:  # noqa: ANN401 (one object, several, or None)
+    return tuple(owner) if isinstance(owner, list | tuple) else () if owner is None else (owner,)
 
 
 def _states(owner: Any) -> Any:  # noqa: ANN401 (one object with a state_dict, or several)

@@ -57,7 +57,7 @@ class Status(enum.IntEnum):
 
 
 TEXT_BYTES = 1000  # enough for an error's whole sentence, so that every rank reads what to do
-_HEADER = struct.Struct(f"<QB3xiqqqqdqdddQdiidiqq{TEXT_BYTES}s")
+_HEADER = struct.Struct(f"<QB3xiqqqqdqdddQdiididqqq{TEXT_BYTES}s")
 _REPLY = struct.Struct(f"<QBBHiqqqqqdiiqqq{TEXT_BYTES}s")
 HEADER_BYTES = _HEADER.size
 REPLY_BYTES = _REPLY.size
@@ -76,6 +76,8 @@ class GradientInfo(NamedTuple):
     carries: int = 0  # whether this worker's late gradients are added in
     cost: float = math.nan  # what the loop says a batch of it costs
     initial: int = 0  # whether it is no gradient but the parameters that this worker's first forward pass initialised
+    metric: float = math.nan  # of an evaluation since the message before
+    metric_version: int = -1  # that was evaluated; -1: none was
 
 
 _NO_GRADIENT = GradientInfo()

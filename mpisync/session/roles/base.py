@@ -52,6 +52,10 @@ class Role(abc.ABC):
         """End the training on every rank."""
 
     @abc.abstractmethod
+    def measure(self, version: int, metric: float) -> None:
+        """Hand over what an evaluation of a version has found, for the record and the schedulers that go by it."""
+
+    @abc.abstractmethod
     def newest(self, *, average: bool) -> tuple[int, Values]:
         """Return the newest version, whole: its number, and the values in it of the model's tensors.
 

@@ -64,6 +64,9 @@ class EndedRole(Role):
     def stop(self) -> None:
         """Do nothing: the training has ended."""
 
+    def measure(self, version: int, metric: float) -> None:
+        """Do nothing: the record is closed."""
+
     def newest(self, *, average: bool) -> tuple[int, Values]:
         """Return the final version and the averages, where they are asked for: the model is right otherwise."""
         if not average:

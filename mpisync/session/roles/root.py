@@ -29,11 +29,12 @@ from mpisync.model.signature import plain_name
 from mpisync.model.structure import StructureWatch
 from mpisync.model.update import Averages, Update, advice_on, left_out
 from mpisync.model.write_sample import MemorySample
+from mpisync.policies import Replay
 from mpisync.session.distributed_model import DistributedModel
 from mpisync.session.equal_batches import EqualBatches
 from mpisync.session.loop import LoopOptions, pool_of
 from mpisync.session.options import Options
-from mpisync.session.recorder import Recorder
+from mpisync.session.recorder import Recorder, tell_of_no_metric
 from mpisync.session.roles.base import Role
 from mpisync.session.run_info import cores_of, run_info
 from mpisync.session.torch_threads import torch_threads
@@ -83,7 +84,8 @@ class RootRole(Role):
             clip_value=options.clip_value,
             decay=options.ema,
         )
-        self._schedule, self._structure = Schedule(options.schedulers, optimizers), StructureWatch(model)
+        self._schedule = Schedule(options.schedulers, optimizers, options.metric_schedulers)
+        self._structure = StructureWatch(model)
         self._late = copy.deepcopy(options.on_late)
         self._root = self._participant.root(weighted=options.weight == "samples", late=self._late)
         self._mean = self._flat.views(self._root.mean)
@@ -129,9 +131,10 @@ class RootRole(Role):
             with ordinary_mode():  # as in a loop that has set nothing, whatever the script has set here
                 self._take(closed)
                 self._schedule.advance(closed.loss)
+                metrics = self._measure(closed.step)
             record = closed.publish()
             self._sample.take()
-            self._recorder.step(record)
+            self._recorder.step(record, metrics)
             self._structure.check()  # on_step= has been called
         self._binding.detach()  # until the next loop the parameters are the script's
         self._is_in_loop = False
@@ -193,6 +196,15 @@ class RootRole(Role):
             self._flat.buffers.average(self._extras, buffers)
             self._flat.buffers.load(self._buffers)  # for whoever looks at the model in on_step=
 
+    def _measure(self, step: int) -> list[tuple[int, float]]:
+        """Step the schedulers that go by a metric for each that came since the step before; return them."""
+        metrics, policy = self._root.inbox.take_metrics(), self._root.policy
+        if isinstance(policy, Replay):
+            metrics = policy.metrics(step)
+        for _, metric in metrics:
+            self._schedule.measure(metric)
+        return metrics
+
     def _start_from(self, worker: int) -> None:
         """Make a worker's initial parameters, which are the mean, everyone's."""
         values = zip(self._flat.names, self._flat.parameters, self._mean.tensors, strict=True)
@@ -247,6 +259,9 @@ class RootRole(Role):
         """End the training before another step closes."""
         self._root.stop()
 
+    def measure(self, version: int, metric: float) -> None:
+        """Do nothing: worker 0 evaluates."""
+
     def newest(self, *, average: bool) -> tuple[int, Values]:
         """Return the newest version: its number, and the values in it of the model's tensors."""
         views = (self._distributed.averages if average else self._distributed.parameters)(self._participant.parameters)
@@ -279,7 +294,10 @@ class RootRole(Role):
                 self._root.collector.accounts,
                 self._late.by_cost,
                 [*(member.peak_rss_bytes for member in self._root.roster.members), peak_rss_bytes()],
+                self._root.inbox.take_metrics(),
             )
         if absence is not None:
             raise absence
+        if error is None:
+            tell_of_no_metric(self._schedule)
 

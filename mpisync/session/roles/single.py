@@ -35,7 +35,7 @@ from mpisync.policies import Arrival, BackupWorkers
 from mpisync.session.accumulation import Accumulation
 from mpisync.session.loop import LoopOptions, pool_of
 from mpisync.session.options import Options
-from mpisync.session.recorder import Recorder
+from mpisync.session.recorder import Recorder, tell_of_no_metric
 from mpisync.session.roles.base import Role
 from mpisync.session.run_info import run_info
 from mpisync.transport.layout import aligned_bytes
@@ -68,7 +68,7 @@ class SingleProcessRole(Role):
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], options: Options) -> None:
         check_model_and_optimizers(model, optimizers)
-        check_schedulers(options.schedulers, optimizers)
+        check_schedulers(options.schedulers, optimizers, options.metric_schedulers)
         self._flat = FlatModel(model)
         self._averages = [value.clone() for value in initial_average(self._flat, options.average)]
         self._recorder = Recorder(options)
@@ -89,7 +89,7 @@ class SingleProcessRole(Role):
             clip_value=options.clip_value,
             decay=options.ema,
         )
-        self._schedule = Schedule(options.schedulers, optimizers)
+        self._schedule = Schedule(options.schedulers, optimizers, options.metric_schedulers)
         self._buffers = self._flat.buffers.views(aligned_bytes(self._flat.buffers.size_bytes))  # of this version
         self._stepped = (*optimizers, *options.schedulers)
         self._trap = StepTrap(*self._stepped)
@@ -98,6 +98,7 @@ class SingleProcessRole(Role):
         self._accumulation = Accumulation(self._flat.parameters, optimizers, weighted=options.weight == "samples")
         self._data = ContinuedBatches(0, 1, options.seed)
         self._stopped = False
+        self._metrics: list[tuple[int, float]] = []  # since the newest step
         self._began_s = time.monotonic()  # the computation
         self._late = copy.deepcopy(options.on_late)
         self._collector = Collector(
@@ -207,6 +208,8 @@ class SingleProcessRole(Role):
         self._trap.undo()
         self._update.apply()
         self._schedule.advance(loss)
+        for _, metric in self._metrics:
+            self._schedule.measure(metric)
         self._flat.buffers.pack(self._buffers)
         self._trap = StepTrap(*self._stepped)
 
@@ -216,7 +219,8 @@ class SingleProcessRole(Role):
         record = self._collector.close(
             {0}, closed_s=came_s, published_s=now_s, samples_used=samples, update_s=now_s - came_s
         )
-        self._recorder.step(record)
+        metrics, self._metrics = self._metrics, []
+        self._recorder.step(record, metrics)
 
     def stale(self) -> bool:
         """Say no: nobody else makes newer parameters."""
@@ -225,6 +229,10 @@ class SingleProcessRole(Role):
     def stop(self) -> None:
         """End the loop."""
         self._stopped = True
+
+    def measure(self, version: int, metric: float) -> None:
+        """Keep it for the next step's record and schedulers."""
+        self._metrics.append((version, metric))
 
     def newest(self, *, average: bool) -> tuple[int, Values]:
         """Return the version and the averages, where they are asked for: the model is right otherwise."""
@@ -253,4 +261,7 @@ class SingleProcessRole(Role):
             self._collector.accounts,
             self._late.by_cost,
             [0, peak_rss_bytes()],
+            self._metrics,
         )
+        if error is None:
+            tell_of_no_metric(self._schedule)

@@ -61,7 +61,7 @@ class WorkerRole(Role):
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
         in_place = self._participant.reads_in_place and not needs_copy
-        self._schedule = Schedule(options.schedulers, optimizers)
+        self._schedule = Schedule(options.schedulers, optimizers, options.metric_schedulers)
         self._guards = LoopGuards(model, optimizers, options.schedulers, tells=self.worker == 0)
         read_only = bool(settings.read("MPISYNC_READ_ONLY"))
         self._notice = self._make_read_only(in_place) if read_only else None
@@ -235,6 +235,10 @@ class WorkerRole(Role):
     def stop(self) -> None:
         """Ask the root to end the training."""
         self._worker.stop()
+
+    def measure(self, version: int, metric: float) -> None:
+        """Tell the root, with the next message to it."""
+        self._worker.metric = version, metric
 
     def newest(self, *, average: bool) -> tuple[int, Values]:
         """Return the newest version, whole: its number, and the values in it of the model's tensors."""
