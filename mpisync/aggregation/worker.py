@@ -49,7 +49,7 @@ class Worker:
         self.metric: tuple[int, float] | None = None  # version and value, to be told with the next message
         self.again = False  # whether the newest gradient's batches are to be computed on again
         self._end: End | None = None
-        self.loop = 0  # of the session: the one that this worker is in, or that comes next
+        self._loop = 0  # of the session: the one that this worker is in, or that comes next
         self._me, self._root = peers[rank], peers[-1]
         self._incarnation, self._ordinal = incarnation, 0
         self._stall_report_s = stall_report_s
@@ -86,7 +86,7 @@ class Worker:
         return self._ended() is not None or self._is_paused()
 
     def _is_paused(self) -> bool:
-        return self.link.loops() > self.loop
+        return self.link.loops() > self._loop
 
     def end_loop(self, target: np.ndarray) -> None:
         """Copy the parameters at which the loop has ended into `target`, and go on to the next loop.
@@ -94,16 +94,16 @@ class Worker:
         Where it has not ended yet this worker contributes nothing more to it, and waits.
         """
         if not self._is_over():
-            self.loop += 1  # the root is told of the next
+            self._loop += 1  # the root is told of the next
             self._ask(Kind.READY)
-            self.loop -= 1
+            self._loop -= 1
             self._wait(lambda: self._is_over() or None, "the end of the loop")
         if self._end is not None:
             self.finish()
             self.read(target)
         else:
             self.version = self._wait(lambda: _or_none(self.link.take_final(target)), "the parameters")
-        self.loop, self._resume = self.loop + 1, None
+        self._loop, self._resume = self._loop + 1, None
 
     def read(self, target: np.ndarray) -> None:
         """Copy the newest parameters whole into `target`, as many bytes as it has."""
@@ -231,7 +231,7 @@ class Worker:
             time.monotonic() if stamp_s is None else stamp_s,
             info,
             peak_rss_bytes() if is_last else 0,
-            self.loop,
+            self._loop,
             text,
         )
         self.link.send(header)

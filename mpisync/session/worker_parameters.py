@@ -17,6 +17,7 @@ from mpisync.aggregation.worker import Worker
 from mpisync.kernels.atomics import fence
 from mpisync.model.binding import Binding
 from mpisync.model.guards import REMEDY, FrozenWatch, WriteWatch
+from mpisync.model.tensor_layout import Views
 from mpisync.model.write_sample import MemorySample
 from mpisync.session.distributed_model import DistributedModel
 
@@ -24,6 +25,8 @@ _IN_LOOP = (
     "on a worker (by p.data, .numpy() or the like, which torch does not count; MPISYNC_READ_ONLY=1 shows the line, "
     "where memory is shared)"
 )
+_SMALL_BYTES = 1 << 20
+_Room = tuple[np.ndarray, Views, list[Tensor]]  # memory, and in it the parameters and the buffers
 BETWEEN_LOOPS = "between two loops of the session, where it does not last"
 
 
@@ -68,6 +71,7 @@ class WorkerParameters:
         self._frozen = FrozenWatch(flat.frozen)
         self._version = -1  # the one shown last
         self._is_paused = False  # since a loop ended: the parameters are the script's until the next begins
+        self._room: _Room | None = None
         self._sample = None if self._is_overwritten or own_copy else MemorySample(self.memory)
 
     def begin(self) -> None:
@@ -190,14 +194,25 @@ class WorkerParameters:
     def pause(self) -> None:
         """Make the parameters and buffers private, at the version at which the loop has ended."""
         self._disarm()
-        memory = self._distributed.participant.memory.allocate(self._distributed.participant.published.size_bytes)
+        memory, views, buffers = self._room_for_last()
         self._worker.end_loop(memory)
-        self._binding.show([view.clone() for view in self._distributed.parameters(memory).tensors])
-        self._flat.buffers.load(self._flat.buffers.views(self._distributed.participant.published.extras(memory)))
-        if self._reads:
-            np.copyto(self.memory, memory)
+        self._binding.show([view.clone() for view in views.tensors])
+        self._flat.buffers.load(buffers)
         self._writes.reset()
         self._version, self._is_paused = self._worker.version, True
+
+    def _room_for_last(self) -> _Room:
+        """Return where a loop's last version goes: our own memory, or room that is kept where the model is small."""
+        if self._reads:
+            return self.memory, self._views, self._buffers
+        if self._room is not None:
+            return self._room
+        published = self._distributed.participant.published
+        memory = self._distributed.participant.memory.allocate(published.size_bytes)
+        room = memory, self._distributed.parameters(memory), self._flat.buffers.views(published.extras(memory))
+        if memory.size <= _SMALL_BYTES:  # else views cost nothing beside a copy, and room is dear
+            self._room = room
+        return room
 
     def end(self, *, final: bool) -> None:
         """Make the parameters private, with the final version if it is there.

@@ -136,7 +136,7 @@ class WorkerRole(Role):
         self._is_in_loop = True
         if self._carried is not None:
             self._carried.drop()
-        self._guards.begin(is_first=self._worker.loop == 0)
+        self._guards.begin(is_first=self._worker.version < 0)
         self._parameters.begin()
 
     def _open(self, loader: Iterable[Any], loop: LoopOptions) -> Batches | RetriedBatches:
