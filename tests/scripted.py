@@ -14,9 +14,9 @@ import numpy as np
 
 from mpisync.aggregation.late_work import Discard, Requeue
 from mpisync.aggregation.root import Root
+from mpisync.device.host import HostMemory, aligned_bytes
 from mpisync.transport.base import GradientFetcher, RootLink
-from mpisync.transport.layout import Layout, aligned_bytes
-from mpisync.transport.memory import HostMemory
+from mpisync.transport.layout import Layout
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import GradientInfo, Header, Kind, Status
 

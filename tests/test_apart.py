@@ -8,11 +8,11 @@ import pytest
 from mpisync.aggregation.collector import Collector
 from mpisync.aggregation.late_work import Discard
 from mpisync.aggregation.running_sum import RunningSum
+from mpisync.device.host import HostMemory
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.kernels.fold import Reducer
 from mpisync.policies import Arrival, BackupWorkers
 from mpisync.transport.layout import Layout
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.wire import GradientInfo
 
 LAYOUT = Layout.of([("float32", 40)])

@@ -11,9 +11,10 @@ from launch import ROOT, run_script
 from torch import nn
 
 import mpisync
+from mpisync.device.host import aligned_bytes
 from mpisync.model.frozen import in_blocks
 from mpisync.transport import collectives
-from mpisync.transport.layout import BLOCK_BYTES, Layout, aligned_bytes
+from mpisync.transport.layout import BLOCK_BYTES, Layout
 
 GIB = 1 << 30
 # Whoever adds a call to one of these, or to another module, sees to it that its count is bounded, as the tests here do.

@@ -14,10 +14,10 @@ from queues import Queues, meeting_of
 
 from mpisync.aggregation.participant import Participant
 from mpisync.aggregation.shutdown import leave_root, leave_worker
+from mpisync.device.host import HostMemory
 from mpisync.policies import Async, BackupWorkers
 from mpisync.transport import communicators, connect
 from mpisync.transport.layout import Layout
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.rendezvous import Proposal, meet
 from mpisync.transport.wire import GradientInfo
 

@@ -12,12 +12,12 @@ from launch import environment
 from training import WORKERS, fails_everywhere, new_model, on_all, sgd, train
 
 from mpisync.commands.main import COMMANDS
+from mpisync.device.shared_memory import SharedMemory
 from mpisync.kernels import jit
 from mpisync.records import read_record
 from mpisync.records.files import RecordWriter
 from mpisync.session.partial_reduce import PartialReduce
 from mpisync.transport.peers import Peer
-from mpisync.transport.shared_memory import SharedMemory
 
 
 def short(comm, size, steps=3):

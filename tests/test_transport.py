@@ -18,13 +18,14 @@ from mpi4py import MPI
 from mpisync import siblings
 from mpisync.aggregation import participant
 from mpisync.commands import run
+from mpisync.device.shared_memory import SharedMemory
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.options import chosen_policy
 from mpisync.session.partial_reduce import PartialReduce
 from mpisync.transport import communicators, connect, shared
-from mpisync.transport import shared_memory as memory_module
+from mpisync.device import shared_memory as memory_module
+from mpisync.transport.futex import Futex
 from mpisync.transport.layout import Layout
-from mpisync.transport.shared_memory import Futex, SharedMemory
 from mpisync.transport.wire import Reply, ReplyKind, Status
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
@@ -701,7 +702,7 @@ def test_a_futex_waits_no_longer_than_asked_and_not_at_all_for_old_news():
 def test_a_board_tells_sixteen_workers_apart():
     """The words that say what was answered once ran into the first reply, where over eight workers share memory."""
     layout = Layout.of([("float32", 4)])
-    board = shared.Board(SharedMemory.create(shared.Board.size_bytes(16, layout, 1)), 16, layout, 1)
+    board = shared.Board(SharedMemory.create(shared.Board.size_bytes(16)), SharedMemory.create(4096), 16, layout, 1)
     root = SimpleNamespace(board=board, _told=True)
     replies = [
         Reply(7, ReplyKind.VERDICT, Status.ACCEPTED, worker, 1000 + worker, step=3, newest=4, resume=5, text="x")

@@ -14,11 +14,13 @@ from mpisync import settings
 from mpisync.aggregation.late_work import LateWork
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.worker import Worker
+from mpisync.device.base import Memory
+from mpisync.device.host import HostMemory
 from mpisync.kernels.fold import warm
 from mpisync.policies import Policy
 from mpisync.transport.connect import connect
 from mpisync.transport.layout import Layout
-from mpisync.transport.memory import HostMemory
+from mpisync.transport.mapping import Run
 from mpisync.transport.rendezvous import Meeting
 
 _MOST_THREADS = 8  # memory bandwidth is spent by then
@@ -50,9 +52,11 @@ class Participant:
         layout: Of a gradient.
         published: Of the parameters.
         policy: The run's; the root's counts.
-        memory: Where gradients and parameters lie; the host's, worked on by as many threads as pay, unless given.
+        own: The memory in which this rank computes; the host's, worked on by as many threads as pay, unless given.
 
     Attributes:
+        memory: A worker's own; at the root where gradients are reduced: its own, if that reaches every worker, else
+            the host's.
         parameters: Bytes in which the root keeps the parameters; none on a worker.
 
     Raises:
@@ -60,15 +64,16 @@ class Participant:
     """
 
     def __init__(
-        self, meeting: Meeting, layout: Layout, published: Layout, policy: Policy, memory: HostMemory | None = None
+        self, meeting: Meeting, layout: Layout, published: Layout, policy: Policy, own: Memory | None = None
     ) -> None:
         self.meeting, self.layout, self.published, self.policy = meeting, layout, published, policy
         _compile(layout)
-        self.memory = HostMemory(self._threads()) if memory is None else memory
+        host = own if isinstance(own, HostMemory) else HostMemory(self._threads())
         # a worker that is out of date may go on reading only where its gradient can still count
         buffers = 1 if policy.staleness == 0 else _BUFFERS
-        self._connection = connect(meeting, layout, published, buffers, self.memory)
+        self._connection = connect(Run(meeting, layout, published, buffers, host, host if own is None else own))
         self.parameters = self._connection.home
+        self.memory = self._connection.memory if self.is_root or own is None else own
         _tell_once(self._connection.note)
 
     def _threads(self) -> int:

@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.collector import Collector
 from mpisync.aggregation.errors import PeerFailed
@@ -30,11 +28,11 @@ from mpisync.aggregation.running_sum import RunningSum
 from mpisync.aggregation.stalls import StallReport
 from mpisync.aggregation.verdict import LOOP_OVER
 from mpisync.aggregation.work import Gradient
+from mpisync.device.base import Array, Memory
 from mpisync.policies import Arrival, Policy
 from mpisync.records import StepRecord
 from mpisync.transport.base import RootLink
 from mpisync.transport.layout import Layout
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.peers import Peer
 from mpisync.transport.wire import Header, Kind, Status
 
@@ -73,9 +71,9 @@ class Root:
         peers: Sequence[Peer],
         links: Sequence[RootLink],
         layout: Layout,
-        parameters: np.ndarray,
+        parameters: Array,
         policy: Policy,
-        memory: HostMemory,
+        memory: Memory,
         *,
         weighted: bool = False,
         late: LateWork | None = None,
@@ -123,7 +121,7 @@ class Root:
         return self.collector.player.policy
 
     @property
-    def mean(self) -> list[np.ndarray]:
+    def mean(self) -> list[Array]:
         """The memory of every step's mean, one array a segment."""
         return self._sum.mean
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpisync.device.base import Array, Memory
 from mpisync.transport.base import RootLink
 from mpisync.transport.layout import Layout, SgdSpan
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.wire import GradientInfo
 
 
@@ -41,10 +41,11 @@ class RunningSum:
     """
 
     def __init__(
-        self, layout: Layout, memory: HostMemory, links: Sequence[RootLink], *, weighted: bool, norms: bool
+        self, layout: Layout, memory: Memory, links: Sequence[RootLink], *, weighted: bool, norms: bool
     ) -> None:
         self.layout = layout
-        self._reducer, self._weighted, self._norms = memory.reducer, weighted, norms
+        self._memory, self._reducer = memory, memory.reducer
+        self._weighted, self._norms = weighted, norms
         self.mean = [
             memory.allocate(s.count * s.dtype.accumulator.itemsize).view(s.dtype.accumulator)
             for s in layout.segments
@@ -53,7 +54,7 @@ class RunningSum:
         self._blocks = [block for block in blocks if block.segment >= 0]
         self._kinds = [segment.dtype for segment in layout.segments]
         self._pending: list[tuple[RootLink, int, float]] = []
-        self.extras: list[np.ndarray] = []
+        self.extras: list[Array] = []
         self._is_empty = True
         self._bound = self._divisor = self._gradient_squares = 0.0
 
@@ -64,7 +65,8 @@ class RunningSum:
         self._divisor += factor
         self._bound += factor * info.peak  # no element of the sum can be larger in magnitude
         if self.layout.extras_bytes:
-            self.extras.append(np.concatenate([link.gradient(worker, block) for block in self.layout.extras_blocks]))
+            parts = (link.gradient(worker, block) for block in self.layout.extras_blocks)
+            self.extras.append(np.concatenate([self._memory.to_host(part) for part in parts]))
 
     @property
     def pending(self) -> list[int]:
@@ -104,7 +106,7 @@ class RunningSum:
     def _weights(self) -> list[float] | None:
         return [weight for *_, weight in self._pending] if self._weighted else None
 
-    def fused_sgd_step(self, parameters: Sequence[np.ndarray], spans: Sequence[SgdSpan]) -> bool:
+    def fused_sgd_step(self, parameters: Sequence[Array], spans: Sequence[SgdSpan]) -> bool:
         """Fold the pending gradients and update parameters in the same pass, if the sum is sure to be finite.
 
         Args:

@@ -7,12 +7,12 @@ each tensor on a 64-byte boundary and in its own memory format; what lies betwee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpisync.device.base import Array
 from mpisync.kernels import fold
 from mpisync.model.gradients import GradientCopier, PackKernel
 from mpisync.model.packed_tensors import PackedTensors
@@ -32,7 +32,7 @@ class FlatModel:
 
     Args:
         model: Whose parameters.
-        trained: Names of those that travel; whichever require a gradient unless given.
+        on_host: Whether gradients are packed by the host's kernels; else by torch, on their device.
 
     Attributes:
         names: The parameters that travel, in a fixed order.
@@ -43,7 +43,7 @@ class FlatModel:
         frozen: The parameters that are not trained, with their names; they travel once, when the session begins.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, on_host: bool = True) -> None:
         named = list(model.named_parameters())
         trained = [(name, p) for name, p in named if p.requires_grad]
         refuse_overlaps(named)
@@ -55,7 +55,7 @@ class FlatModel:
         strides = {
             name: place.stride for (name, _), place in zip(trained, self.places, strict=True)
         }
-        self._copier = GradientCopier(self.segments, self.places)
+        self._copier = GradientCopier(self.segments, self.places, on_host=on_host)
         self._signature = signature(model, strides)
         self._bound = False
         self._gradients: tuple[Tensor, ...] = ()
@@ -65,7 +65,7 @@ class FlatModel:
         """Return the canonical description of the model, equal on ranks that fit together."""
         return self._signature
 
-    def views(self, segments: Sequence[np.ndarray[Any, Any] | Tensor]) -> Views:
+    def views(self, segments: Sequence[Array | Tensor]) -> Views:
         """Return views of flat memory: one 1-D array or tensor per segment.
 
         16-bit segments may come as uint16 arrays; a segment may also be of another dtype than the
@@ -83,7 +83,7 @@ class FlatModel:
         return Views(flat, tuple(view_of(flat[place.segment], place) for place in self.places))
 
     def zeros(self) -> Views:
-        """Return new private segments in the parameters' dtypes."""
+        """Return new private segments of the host's memory in the parameters' dtypes."""
         return self.views(
             [torch.zeros(count, dtype=getattr(torch, name), device="cpu") for name, count in self.segments]
         )
@@ -183,7 +183,7 @@ class FlatModel:
         if self._casts is None:
             self._casts = self.views(
                 [
-                    flat if equal else torch.zeros(len(flat), dtype=kind, device="cpu")
+                    flat if equal else torch.zeros(len(flat), dtype=kind, device=flat.device)
                     for flat, kind, equal in zip(mean.segments, kinds, same, strict=True)
                 ]
             )

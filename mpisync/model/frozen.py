@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpisync.transport.layout import aligned
+from mpisync.device.base import aligned
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -24,11 +24,13 @@ LARGE_BYTES = 1 << 20
 class GradientCopier:
     """A copier of gradients to their places."""
 
-    def __init__(self, segments: Sequence[tuple[str, int]], places: Sequence[TensorLayout]) -> None:
+    def __init__(
+        self, segments: Sequence[tuple[str, int]], places: Sequence[TensorLayout], *, on_host: bool = True
+    ) -> None:
         self._places = places
         self._dtypes = [DTYPES[segments[place.segment][0]] for place in places]
         self._large = [
-            place.count * dtype.itemsize >= LARGE_BYTES
+            on_host and place.count * dtype.itemsize >= LARGE_BYTES
             for place, dtype in zip(places, self._dtypes, strict=True)
         ]
         self._spans: list[tuple[int, int, int]] = []  # segment, start, stop: between large ones

@@ -18,7 +18,8 @@ def digest(model: nn.Module) -> int:
     for parameter in model.parameters():
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // _SAMPLE)]
-        number = zlib.crc32((sample.float() if sample.dtype is torch.bfloat16 else sample).numpy().tobytes(), number)
+        sample = (sample.float() if sample.dtype is torch.bfloat16 else sample).cpu()
+        number = zlib.crc32(sample.numpy().tobytes(), number)
     return number
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpisync.device.base import Array, aligned
 from mpisync.model.signature import describe, plain_name
-from mpisync.model.tensor_layout import flat_bytes
-from mpisync.transport.layout import aligned
+from mpisync.model.tensor_layout import flat_bytes, tensor_of
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -91,9 +91,9 @@ class PackedTensors:
         )
         self.size_bytes += tensor.numel() * tensor.element_size()
 
-    def views(self, packed: Bytes) -> list[Tensor]:
+    def views(self, packed: Array) -> list[Tensor]:
         """Return each tensor as a view of `packed`, `size_bytes` long and 64-byte aligned."""
-        flat = torch.from_numpy(packed)
+        flat = tensor_of(packed, "uint8")
         views = []
         for item in self._items:
             count = item.shape.numel() * item.dtype.itemsize

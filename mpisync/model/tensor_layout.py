@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpisync.device.base import ALIGNMENT, Array
 from mpisync.kernels.dtypes import DTYPES
 from mpisync.model.signature import plain_name
-from mpisync.transport.layout import ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ def lay_out(
     return tuple(counts.items()), tuple(places)
 
 
-def tensor_of(segment: np.ndarray[Any, Any] | Tensor, dtype: str) -> Tensor:
+def tensor_of(segment: Array | Tensor, dtype: str) -> Tensor:
     """Return a flat segment as a tensor; uint16 arrays hold a 16-bit `dtype`."""
     if isinstance(segment, Tensor):
         return segment
+    if not isinstance(segment, np.ndarray):  # on a device
+        tensor = torch.from_dlpack(segment)
+        return tensor.view(getattr(torch, dtype)) if tensor.dtype is torch.uint16 else tensor
     with warnings.catch_warnings():
         # Parameters may be mapped read-only, to find whoever writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -98,9 +101,14 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def flat_tensor(dense: Tensor) -> Tensor:
+    """Return the memory of a dense tensor as a tensor of uint8."""
+    return dense.detach().as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
 def flat_bytes(dense: Tensor) -> np.ndarray[Any, Any]:
-    """Return the memory of a dense tensor as uint8."""
-    array: np.ndarray[Any, Any] = dense.detach().as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
+    """Return the memory of a dense tensor as uint8; of one on a device, a copy."""
+    array: np.ndarray[Any, Any] = flat_tensor(dense).cpu().numpy()
     return array
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from mpisync.device.base import Memory
 from mpisync.kernels.dtypes import DTYPES
-from mpisync.kernels.fold import Reducer
 from mpisync.model.optimizer_traps import layers
-from mpisync.model.tensor_layout import TensorLayout
+from mpisync.model.tensor_layout import TensorLayout, tensor_of
 from mpisync.transport.layout import SgdSpan
 
 Averages = Sequence[tuple[nn.Parameter, Tensor]]
@@ -36,6 +35,7 @@ class Update:
         clip_norm: The largest global norm of the mean gradient; None for no clipping.
         clip_value: The largest magnitude of its elements, before their norm is taken; None for no clipping.
         decay: Of the exponential moving average; None for none.
+        memory: In which the parameters and their mean lie, for updates that fold and step in one pass; None for none.
     """
 
     def __init__(
@@ -47,7 +47,10 @@ class Update:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         decay: float | None = None,
+        memory: Memory | None = None,
     ) -> None:
+        self._memory = memory
+        self._rounds_alike: bool | None = None  # until it is asked for
         self._parameters, self._optimizers = parameters, tuple(optimizers)
         self._clip_norm, self._clip_value = clip_norm, clip_value
         self._decay, self._average = decay, list(average)
@@ -59,7 +62,11 @@ class Update:
 
         That is `torch.optim.SGD` as it comes, with no hook that might want to see its gradients.
         """
-        if not self._may_fuse or not _is_plain(self._optimizers[0]) or not _matches_torch_rounding():
+        if not self._may_fuse or self._memory is None or not _is_plain(self._optimizers[0]):
+            return []
+        if self._rounds_alike is None:
+            self._rounds_alike = _matches_torch_rounding(self._memory)
+        if not self._rounds_alike:
             return []
         rates: dict[nn.Parameter, float] = {}
         for group in self._optimizers[0].param_groups:
@@ -122,15 +129,18 @@ def _is_plain(optimizer: Optimizer) -> bool:
     )
 
 
-@cache
-def _matches_torch_rounding() -> bool:
-    """Say whether torch rounds theta - rate * mean once on this machine, as the kernel does."""
+def _matches_torch_rounding(memory: Memory) -> bool:
+    """Say whether torch rounds theta - rate * mean once where the parameters lie, as the kernel does."""
     # Made by NumPy: the script may have set torch's default dtype and device.
-    mean = np.random.default_rng(0).random(1037, np.float32)
-    before = np.linspace(-1, 1, 1037, dtype=np.float32)
-    after = before.copy()
-    Reducer().fused_sgd_step(after, [mean], DTYPES["float32"], rate=0.3)
-    return torch.equal(torch.from_numpy(after), torch.from_numpy(before).add(torch.from_numpy(mean), alpha=-0.3))
+    values = np.random.default_rng(0).random(1040, np.float32), np.linspace(-1, 1, 1040, dtype=np.float32)
+    mean, after = (memory.allocate(value.nbytes).view(np.dtype(np.float32)) for value in values)
+    for value, array in zip(values, (mean, after), strict=True):
+        memory.copy(value, array)
+    theirs = tensor_of(after, "float32").clone()
+    torch._foreach_add_([theirs], [tensor_of(mean, "float32")], alpha=-0.3)
+    memory.reducer.fused_sgd_step(after, [mean], DTYPES["float32"], rate=0.3)
+    memory.finish()
+    return torch.equal(tensor_of(after, "float32"), theirs)
 
 
 def left_out(named: Iterable[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> str:

@@ -9,9 +9,11 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mpisync.model.tensor_layout import flat_bytes, is_dense
+from mpisync.device.base import Array
+from mpisync.model.tensor_layout import flat_bytes, flat_tensor, is_dense, tensor_of
 
 _BLOCK_WORDS = 512  # of 8 bytes: a page
 _LEAST_BYTES = 32 << 10  # a smaller sample costs no less
@@ -24,7 +26,7 @@ class MemorySample:
     """A sample of one run of memory, spread over all of it.
 
     Args:
-        memory: uint8, on an 8-byte boundary, a multiple of 8 long.
+        memory: uint8, on an 8-byte boundary, a multiple of 8 long; the host's or a device's.
 
     Example:
         >>> memory = np.zeros(800, np.uint8)
@@ -35,8 +37,9 @@ class MemorySample:
         80
     """
 
-    def __init__(self, memory: np.ndarray) -> None:
-        words = memory.view(np.uint64)
+    def __init__(self, memory: Array) -> None:
+        is_host = isinstance(memory, np.ndarray)
+        words = memory.view(np.uint64) if is_host else tensor_of(memory, "uint8").view(torch.int64)
         blocks = len(words) // _BLOCK_WORDS
         self._blocks = words[: blocks * _BLOCK_WORDS].reshape(blocks, _BLOCK_WORDS)
         self._rest = words[blocks * _BLOCK_WORDS :]
@@ -50,7 +53,7 @@ class MemorySample:
         self._kept = self._now()
 
     def _now(self) -> tuple[bytes, bytes]:
-        return self._blocks[self._turn :: self._turns].tobytes(), self._rest.tobytes()
+        return _bytes(self._blocks[self._turn :: self._turns]), _bytes(self._rest)
 
     def written(self) -> int | None:
         """Return the offset, in bytes, of a word that has changed since the sample was taken; None if none has."""
@@ -62,8 +65,17 @@ class MemorySample:
         row, column = divmod(word, _BLOCK_WORDS)
         sampled = len(now[0]) // 8
         if word >= sampled:
-            return 8 * (self._blocks.size + word - sampled)
+            return 8 * (self._blocks.shape[0] * _BLOCK_WORDS + word - sampled)
         return 8 * ((self._turn + row * self._turns) * _BLOCK_WORDS + column)
+
+
+def _memory(tensor: Tensor) -> np.ndarray | Tensor:
+    """Return the memory of a dense tensor as uint8; of a device's, which only the sample is to leave, as a tensor."""
+    return flat_bytes(tensor) if tensor.device.type == "cpu" else flat_tensor(tensor)
+
+
+def _bytes(words: np.ndarray | Tensor) -> bytes:
+    return words.tobytes() if isinstance(words, np.ndarray) else words.cpu().numpy().tobytes()
 
 
 class TensorSample:
@@ -77,26 +89,26 @@ class TensorSample:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        arrays = [flat_bytes(tensor) if is_dense(tensor) else np.empty(0, np.uint8) for tensor in tensors]
+        arrays = [_memory(tensor) if is_dense(tensor) else np.empty(0, np.uint8) for tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         chunks = [
             (index, array[start : start + _CHUNK_BYTES])
             for index, array in enumerate(arrays)
-            for start in range(0, array.size, _CHUNK_BYTES)
+            for start in range(0, array.nbytes, _CHUNK_BYTES)
         ]
         self._each = min(-(-len(chunks) // _TURNS), _MOST_CHUNKS)
         self._next = itertools.cycle(chunks)
-        self._kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._kept: list[tuple[int, np.ndarray | Tensor, bytes]] = []
 
     def take(self) -> None:
         """Keep the next sample of the tensors as they are now."""
         chunks = itertools.islice(self._next, self._each)
-        self._kept = [(index, chunk, chunk.copy()) for index, chunk in chunks]
+        self._kept = [(index, chunk, _bytes(chunk)) for index, chunk in chunks]
 
     def written(self) -> int | None:
         """Return the number of a tensor that has changed, or has other memory, since the sample was taken."""
         for index, chunk, kept in self._kept:
             moved = self._tensors[index].data_ptr() != self._addresses[index]
-            if moved or not np.array_equal(chunk, kept):
+            if moved or _bytes(chunk) != kept:
                 return index
         return None

@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.participant import Participant, compile_at_root
+from mpisync.device.base import Array, aligned
+from mpisync.device.host import aligned_bytes
+from mpisync.device.placement import memory_of, placed
 from mpisync.kernels.jit import check_jit
 from mpisync.model.aliases import check_aliases
 from mpisync.model.averages import initial_average
@@ -25,7 +27,7 @@ from mpisync.model.validation import check_model_and_optimizers
 from mpisync.session.options import Options, problem_of
 from mpisync.session.recorder import check_replay
 from mpisync.transport.collectives import broadcast, exchange
-from mpisync.transport.layout import BLOCK_BYTES, Layout, aligned, aligned_bytes
+from mpisync.transport.layout import BLOCK_BYTES, Layout
 from mpisync.transport.rendezvous import Meeting, Proposal, meet
 
 
@@ -52,7 +54,8 @@ class DistributedModel:
         )
         if problem:
             meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank
-        self.flat = FlatModel(model)
+        own = memory_of(model)
+        self.flat = FlatModel(model, on_host=own is None or own.is_host)
         self.presence_bytes = aligned(len(self.flat.parameters))
         self.segments = len(self.flat.segments)
         buffers_bytes = self.flat.buffers.size_bytes
@@ -71,7 +74,9 @@ class DistributedModel:
         compile_at_root(comm, layout)
         meeting = meet(comm, Proposal(content), _differ)
         self._notice(model, meeting)
-        self.participant = Participant(meeting, layout, published, options.policy)
+        if meeting.is_root:
+            own = placed(own)
+        self.participant = Participant(meeting, layout, published, options.policy, own)
         self._share_frozen()
         for optimizer in optimizers:
             # torch's mark of a step, which only the root makes, and not always by this method: without it a scheduler
@@ -96,11 +101,11 @@ class DistributedModel:
         blocks = in_blocks(tensors, aligned_bytes(BLOCK_BYTES), takes=not meeting.is_root)
         broadcast(blocks, meeting.comm, meeting.root, "to share frozen parameters")
 
-    def parameters(self, memory: np.ndarray) -> Views:
+    def parameters(self, memory: Array) -> Views:
         """Return the parameters in a version's bytes."""
         return self.flat.views(self.participant.published.arrays(memory)[: self.segments])
 
-    def averages(self, memory: np.ndarray) -> Views:
+    def averages(self, memory: Array) -> Views:
         """Return the parameters' averages in a version's bytes."""
         return self.flat.views(self.participant.published.arrays(memory)[self.segments :])
 

@@ -14,8 +14,7 @@ import abc
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
-
+from mpisync.device.base import Array, Memory
 from mpisync.transport.layout import Block, Layout
 from mpisync.transport.wire import Header, Reply
 
@@ -77,7 +76,7 @@ class RootLink(abc.ABC):
     fetcher: GradientFetcher | None = None
 
     @abc.abstractmethod
-    def home(self) -> np.ndarray | None:
+    def home(self) -> Array | None:
         """Return memory in which the root may keep the parameters, so that workers read them in place; None without."""
 
     @abc.abstractmethod
@@ -89,7 +88,7 @@ class RootLink(abc.ABC):
         """
 
     @abc.abstractmethod
-    def gradient(self, worker: int, block: Block) -> np.ndarray:
+    def gradient(self, worker: int, block: Block) -> Array:
         """Return the elements of one block of a whole gradient."""
 
     @abc.abstractmethod
@@ -103,7 +102,7 @@ class RootLink(abc.ABC):
         """
 
     @abc.abstractmethod
-    def publish(self, version: int, parameters: np.ndarray) -> None:
+    def publish(self, version: int, parameters: Array) -> None:
         """Make `version` the newest; `parameters` do not change until the next `begin`."""
 
     def serve(self, worker: int) -> None:  # noqa: B027 (nothing, by default)
@@ -162,13 +161,15 @@ class WorkerLink(abc.ABC):
         published: Of the parameters.
         gradient: uint8, this worker's to fill between a reply and the next `send`.
         parameters: uint8, the newest parameters.
+        memory: In which both lie: this worker's own, or the host's.
         shares_parameters: Whether the root writes there while this worker computes.
     """
 
     layout: Layout
     published: Layout
-    gradient: np.ndarray
-    parameters: np.ndarray
+    gradient: Array
+    parameters: Array
+    memory: Memory
     shares_parameters: bool
 
     @abc.abstractmethod
@@ -195,7 +196,7 @@ class WorkerLink(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def read(self, target: np.ndarray) -> int:
+    def read(self, target: Array) -> int:
         """Copy the newest parameters, `target.size` bytes, and return their version; -1 means: try again."""
 
     @abc.abstractmethod
@@ -211,7 +212,7 @@ class WorkerLink(abc.ABC):
         """Return the newest end of a loop, where there is one."""
 
     @abc.abstractmethod
-    def take_final(self, target: np.ndarray) -> int:
+    def take_final(self, target: Array) -> int:
         """Copy the version of the newest pause, `target.size` bytes, and return its number; -1 means: try again.
 
         Where that is not kept, for a worker that is more than a loop late, it is the newest that can be had.

@@ -5,35 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from mpisync.device.base import Array, Memory
 from mpisync.transport import communicators
 from mpisync.transport.base import RootLink, WorkerLink
-from mpisync.transport.layout import Layout
-from mpisync.transport.mapping import share
-from mpisync.transport.memory import HostMemory
+from mpisync.transport.mapping import Run, share
 from mpisync.transport.messages import MessageRootLink, MessageWorkerLink
 from mpisync.transport.rendezvous import Meeting
 from mpisync.transport.shared import SharedRootLink, SharedWorkerLink
-
-
-@dataclass(frozen=True)
-class Run:
-    """The properties that all links of a run have in common.
-
-    Attributes:
-        meeting: Who met.
-        layout: Of a gradient.
-        published: Of the parameters.
-        buffers: How many versions of the parameters may be read at a time.
-        memory: Where gradients and parameters lie.
-    """
-
-    meeting: Meeting
-    layout: Layout
-    published: Layout
-    buffers: int
-    memory: HostMemory
 
 
 @dataclass(frozen=True)
@@ -44,31 +22,33 @@ class Reached:
         workers: Whom it reaches; the same on every rank.
         root_link: Makes the root's end; called there, if anybody is reached.
         worker_link: Makes a worker's end; called on those that are reached.
-        why_not_all: What kept it from reaching others, where that is worth telling.
+        memory: Where their gradients lie.
+        why_not_all: What kept it from reaching others, or from the root's own memory, where that is worth telling.
     """
 
     workers: Sequence[int]
     root_link: Callable[[], RootLink]
     worker_link: Callable[[], WorkerLink]
+    memory: Memory
     why_not_all: str = ""
 
 
 def _by_shared_memory(run: Run, workers: Sequence[int]) -> Reached:
     meeting = run.meeting
-    memories = share(meeting, workers, run.layout, run.published, run.buffers, run.memory)
+    mapped = share(run, workers)
 
     def root_link() -> RootLink:
-        assert memories.board is not None  # else it reaches nobody
-        return SharedRootLink(
-            meeting.comm, meeting.incarnation, run.layout, memories.board, memories.slots, run.memory
-        )
+        assert mapped.board is not None  # else it reaches nobody
+        return SharedRootLink(meeting.comm, meeting.incarnation, run.layout, mapped.board, mapped.slots, mapped.memory)
 
     def worker_link() -> WorkerLink:
-        assert memories.board is not None  # else it does not reach this worker
-        slot = memories.slots[meeting.comm.rank]
-        return SharedWorkerLink(meeting.comm, meeting.root, run.layout, run.published, memories.board, slot)
+        assert mapped.board is not None  # else it does not reach this worker
+        slot = mapped.slots[meeting.comm.rank]
+        return SharedWorkerLink(
+            meeting.comm, meeting.root, run.layout, run.published, mapped.board, slot, mapped.memory, run.own
+        )
 
-    return Reached(memories.mapped, root_link, worker_link, memories.why_not)
+    return Reached(mapped.workers, root_link, worker_link, mapped.memory, mapped.why_not)
 
 
 def _by_messages(run: Run, workers: Sequence[int]) -> Reached:
@@ -81,16 +61,16 @@ def _by_messages(run: Run, workers: Sequence[int]) -> Reached:
             meeting.incarnation,
             run.layout,
             run.published,
-            run.memory,
+            run.host,
             finish_old_versions=run.buffers > 1,
         )
 
     def worker_link() -> WorkerLink:
         return MessageWorkerLink(
-            meeting.comm, meeting.root, meeting.incarnation, run.layout, run.published, run.memory
+            meeting.comm, meeting.root, meeting.incarnation, run.layout, run.published, run.host, run.own
         )
 
-    return Reached(workers, root_link, worker_link)
+    return Reached(workers, root_link, worker_link, run.host)
 
 
 # By the names that MPISYNC_TRANSPORT takes, in the order in which they are tried. Each is called on every rank with the
@@ -108,6 +88,7 @@ class Connection:
     Attributes:
         links: The root's, which together reach every worker once; none on a worker.
         link: A worker's; None on the root.
+        memory: Where gradients lie when they are reduced, and the root's parameters.
         home: Where the root keeps the parameters: in memory that workers read in place, or in its own; empty on a
             worker.
         reads_in_place: Whether this rank, a worker, may compute on the bytes that the root writes or sends.
@@ -116,31 +97,30 @@ class Connection:
 
     links: list[RootLink]
     link: WorkerLink | None
-    home: np.ndarray
+    memory: Memory
+    home: Array
     reads_in_place: bool
     note: str
 
 
-def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, memory: HostMemory) -> Connection:
+def connect(run: Run) -> Connection:
     """Connect the root with every worker. Collective.
 
     Args:
-        meeting: Who met, and by which transport the root wants to reach the others.
-        layout: Of a gradient.
-        published: Of the parameters.
-        buffers: How many versions of the parameters may be read at a time.
-        memory: Where gradients and parameters lie.
+        run: Who met, by which transport the root wants to reach the others, and in which memory each computes.
 
     Raises:
         ValueError: There is no such transport; on every rank.
     """
-    run = Run(meeting, layout, published, buffers, memory)
+    meeting = run.meeting
+    memory: Memory = run.host
     links: list[RootLink] = []
     link: WorkerLink | None = None
     left, why_not = meeting.workers, ""
     missed: Sequence[int] | None = None
     for name in _to_try(meeting):
         reached = TRANSPORTS[name](run, left)
+        memory = memory if reached.memory.is_host else reached.memory
         if meeting.is_root and reached.workers:
             links.append(reached.root_link())
         elif meeting.comm.rank in reached.workers:
@@ -154,10 +134,11 @@ def connect(meeting: Meeting, layout: Layout, published: Layout, buffers: int, m
     return Connection(
         links=links,
         link=link,
-        home=homes[0] if homes else memory.allocate(published.size_bytes if meeting.is_root else 0),
+        memory=memory,
+        home=homes[0] if homes else memory.allocate(run.published.size_bytes if meeting.is_root else 0),
         # With one buffer whoever still computes on what is overwritten is late; with several it is not, but messages
         # change parameters only while their worker waits.
-        reads_in_place=link is not None and (buffers == 1 or not link.shares_parameters),
+        reads_in_place=link is not None and (run.buffers == 1 or not link.shares_parameters),
         note=_note(meeting, missed or (), why_not) if meeting.is_root else "",
     )
 

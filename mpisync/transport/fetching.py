@@ -12,10 +12,10 @@ from collections.abc import Iterable
 import numpy as np
 from mpi4py import MPI
 
+from mpisync.device.host import HostMemory
 from mpisync.transport.backoff import Backoff
 from mpisync.transport.base import GradientFetcher
 from mpisync.transport.layout import BLOCK_BYTES, Block, Layout
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.replies import ReplySender
 from mpisync.transport.wire import Reply, ReplyKind, Tag
 
@@ -171,7 +171,8 @@ class BlockFetcher(GradientFetcher):
         """Return the elements of a block where they were received."""
         incoming = self._incoming[worker]
         if incoming.inline is not None:
-            return self._layout.view(incoming.inline, block)
+            inline: np.ndarray = self._layout.view(incoming.inline, block)
+            return inline
         index = self._places[block]
         raw = incoming.blocks[index][: self._sizes[index]]
         return raw if block.segment < 0 else raw.view(self._layout.segments[block.segment].dtype.storage)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
+from mpisync.device.base import Memory
 from mpisync.transport import communicators
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.wire import HEADER_BYTES, Header, Kind, Tag
 
 _KINDS = frozenset(Kind)
@@ -35,7 +35,7 @@ class HeaderReceiver:
         comm: MPI.Intracomm,
         workers: Sequence[int],
         incarnation: int,
-        memory: HostMemory,
+        memory: Memory,
         *,
         gradient_bytes: int = 0,
     ) -> None:

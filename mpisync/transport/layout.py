@@ -12,17 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
+from mpisync.device.base import Array, aligned
 from mpisync.kernels.dtypes import DTYPES, Dtype
 
-ALIGNMENT = 64
 BLOCK_BYTES = 4 << 20
-
-
-def aligned(size_bytes: int, to: int = ALIGNMENT) -> int:
-    """Round `size_bytes` up to a multiple of `to`."""
-    return -(-size_bytes // to) * to
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ class Layout:
         itemsize = 1 if block.segment < 0 else self.segments[block.segment].dtype.itemsize
         return (block.stop - block.start) * itemsize
 
-    def view(self, memory: np.ndarray, block: Block) -> np.ndarray:
+    def view(self, memory: Array, block: Block) -> Array:
         """Return the elements of `block` in `memory`, a uint8 array of `size_bytes` laid out like this."""
         if block.segment < 0:
             return memory[self.extras_offset + block.start : self.extras_offset + block.stop]
@@ -115,21 +108,14 @@ class Layout:
         first = segment.offset + block.start * segment.dtype.itemsize
         return memory[first : first + self.block_bytes(block)].view(segment.dtype.storage)
 
-    def arrays(self, memory: np.ndarray) -> list[np.ndarray]:
+    def arrays(self, memory: Array) -> list[Array]:
         """Return each segment of `memory` as an array of its storage dtype."""
         return [self.view(memory, block) for block in self.wholes]
 
-    def extras(self, memory: np.ndarray) -> np.ndarray:
+    def extras(self, memory: Array) -> Array:
         """Return the extras of `memory`, a uint8 view."""
         return memory[self.extras_offset : self.extras_offset + self.extras_bytes]
 
 
 def _split(segment: int, count: int, step: int) -> list[Block]:
     return [Block(segment, start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def aligned_bytes(size_bytes: int) -> np.ndarray:
-    """Allocate private zeroed bytes that start on a 64-byte boundary."""
-    raw = np.zeros(size_bytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size_bytes]

@@ -13,13 +13,14 @@ from collections.abc import Iterable
 import numpy as np
 from mpi4py import MPI
 
+from mpisync.device.base import Array, Memory
+from mpisync.device.host import HostMemory
 from mpisync.transport import communicators
 from mpisync.transport.backoff import LONGEST_S, Backoff
 from mpisync.transport.base import End, Pause, RootLink, WorkerLink
 from mpisync.transport.fetching import WINDOW, BlockFetcher
 from mpisync.transport.headers import HeaderReceiver
 from mpisync.transport.layout import Block, Layout
-from mpisync.transport.memory import HostMemory
 from mpisync.transport.replies import ReplySender
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, ReplyKind, Tag
 
@@ -195,8 +196,10 @@ class MessageWorkerLink(WorkerLink):
         layout: Layout,
         published: Layout,
         memory: HostMemory,
+        own: Memory,
     ) -> None:
         self.layout, self.published = layout, published
+        self.memory, self._own = memory, own
         self.gradient = memory.allocate(layout.size_bytes)
         self.parameters = memory.allocate(published.size_bytes)
         self._comm, self._root, self._incarnation = comm, root, incarnation
@@ -219,7 +222,10 @@ class MessageWorkerLink(WorkerLink):
 
     def send(self, header: Header) -> None:
         """Post the header, with the gradient behind it if that is small."""
-        carries = self._inline if header.kind == Kind.GRADIENT else 0
+        carries = 0
+        if header.kind == Kind.GRADIENT:
+            carries = self._inline
+            self._own.finish()  # what was copied there is there
         buffer = bytearray(HEADER_BYTES + carries)
         header.pack_into(buffer)
         if carries:
@@ -303,11 +309,12 @@ class MessageWorkerLink(WorkerLink):
         self._poll()
         return self._announced_version > max(self._newest, self._coming)
 
-    def read(self, target: np.ndarray) -> int:
+    def read(self, target: Array) -> int:
         """Copy the parameters that were received."""
         if self.newest() < 0:
             return -1
-        np.copyto(target, self.parameters[: target.size])
+        self._own.copy(self.parameters[: target.size], target)
+        self._own.finish()
         return self._newest
 
     def end(self) -> End | None:
@@ -324,7 +331,7 @@ class MessageWorkerLink(WorkerLink):
         """Return the newest end of a loop that the root has told of."""
         return self._pause
 
-    def take_final(self, target: np.ndarray) -> int:
+    def take_final(self, target: Array) -> int:
         """Copy the version that was sent before the pause was told."""
         return self.read(target)
 

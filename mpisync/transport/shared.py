@@ -32,13 +32,13 @@ from collections.abc import Collection
 import numpy as np
 from mpi4py import MPI
 
+from mpisync.device.base import Array, Memory, Shared, aligned
 from mpisync.kernels.atomics import fence, fetch_add, load_acquire, store_release
 from mpisync.transport import communicators
 from mpisync.transport.base import End, Pause, RootLink, WorkerLink
+from mpisync.transport.futex import Futex
 from mpisync.transport.headers import HeaderReceiver
-from mpisync.transport.layout import Block, Layout, aligned
-from mpisync.transport.memory import HostMemory
-from mpisync.transport.shared_memory import Futex, SharedMemory
+from mpisync.transport.layout import Block, Layout
 from mpisync.transport.wire import HEADER_BYTES, REPLY_BYTES, Header, Kind, Reply, Tag
 
 _PAGE = 4096
@@ -56,9 +56,9 @@ _SPIN_S, _PATIENT_S, _LONGEST_S = 20e-6, 1e-3, 5e-3
 class Board:
     """The root's shared memory as both sides see it."""
 
-    def __init__(self, memory: SharedMemory, workers: int, published: Layout, buffers: int) -> None:
+    def __init__(self, memory: Shared, versions: Shared, workers: int, published: Layout, buffers: int) -> None:
         raw = memory.bytes
-        self.memory = memory
+        self.memory, self.versions = memory, versions
         self.buffers = buffers
         self.words = raw[:_PAGE].view(np.int64)
         self.bells = raw[:_PAGE].view(np.uint32)
@@ -66,19 +66,22 @@ class Board:
         self.lines = raw[_PAGE : _PAGE + workers * _LINE_BYTES].reshape(workers, _LINE_BYTES)
         self.answered, self.taken = self.lines.view(np.int64)[:, 0], self.lines.view(np.int64)[:, 1]
         self.address = raw[_ADDRESS : _ADDRESS + _ADDRESS_BYTES]
-        start, size = aligned(_PAGE + workers * _LINE_BYTES, _PAGE), published.size_bytes
-        stride = aligned(size, _PAGE)
-        self.parameters = [raw[start + i * stride :][:size] for i in range(buffers)]
+        stride = aligned(published.size_bytes, _PAGE)
+        self.parameters = [versions.bytes[i * stride : i * stride + published.size_bytes] for i in range(buffers)]
 
     @staticmethod
-    def size_bytes(workers: int, published: Layout, buffers: int) -> int:
-        """Return how many bytes a board takes."""
-        lines = aligned(_PAGE + workers * _LINE_BYTES, _PAGE)
-        return lines + buffers * aligned(published.size_bytes, _PAGE)
+    def size_bytes(workers: int) -> int:
+        """Return how many bytes of the host's memory a board takes, beside the parameters."""
+        return _PAGE + workers * _LINE_BYTES
+
+    @staticmethod
+    def versions_bytes(published: Layout, buffers: int) -> int:
+        """Return how many bytes the versions of the parameters take."""
+        return buffers * aligned(published.size_bytes, _PAGE)
 
     def protect(self) -> None:
         """Make the parameters read-only for this process, a worker, which writes nothing but the bell."""
-        self.memory.protect(self.parameters[0].ctypes.data - self.memory.bytes.ctypes.data)
+        self.versions.protect(0)
 
     def news(self) -> Futex:
         """Return the futex that workers sleep on."""
@@ -92,7 +95,6 @@ class Board:
 class SharedRootLink(RootLink):
     """The root's side for the workers that share its memory."""
 
-    name = "shared memory"
     is_contiguous = True
 
     def __init__(
@@ -101,15 +103,15 @@ class SharedRootLink(RootLink):
         incarnation: int,
         layout: Layout,
         board: Board,
-        slots: dict[int, SharedMemory],
-        memory: HostMemory,
+        slots: dict[int, Shared],
+        memory: Memory,
     ) -> None:
-        self.workers = tuple(slots)
+        self.name, self.workers = memory.way, tuple(slots)
         self.layout = layout
         self.board = board
         self._receiver = HeaderReceiver(comm, self.workers, incarnation, memory)
         self._slots = slots
-        self._reducer = memory.reducer
+        self._memory = memory
         self._news, self._wake = board.news(), board.wake()
         self._heard = 0
         self._woken = 0  # WAKE when it was last read
@@ -119,9 +121,9 @@ class SharedRootLink(RootLink):
         self._told = True
         self._version = -1
         self._pause: Pause | None = None  # since the last `keep`
-        self._kept: SharedMemory | None = None
+        self._kept: Shared | None = None
 
-    def home(self) -> np.ndarray | None:
+    def home(self) -> Array | None:
         """Return the board's parameters where they are kept once; else None."""
         return self.board.parameters[0] if self.board.buffers == 1 else None
 
@@ -140,7 +142,7 @@ class SharedRootLink(RootLink):
             self._missed = -1
         return heard
 
-    def gradient(self, worker: int, block: Block) -> np.ndarray:
+    def gradient(self, worker: int, block: Block) -> Array:
         """Return a view of the worker's slot."""
         return self.layout.view(self._slots[worker].bytes, block)
 
@@ -156,12 +158,13 @@ class SharedRootLink(RootLink):
         store_release(self.board.words, _SEQUENCES + index, 2 * version - 1)
         fence()
 
-    def publish(self, version: int, parameters: np.ndarray) -> None:
+    def publish(self, version: int, parameters: Array) -> None:
         """Copy the parameters to the board, unless they live there, and turn the version."""
-        index = version % self.board.buffers
+        index, memory = version % self.board.buffers, self._memory
         target = self.board.parameters[index]
-        if target.ctypes.data != parameters.ctypes.data:
-            self._reducer.copy(parameters, target)
+        if memory.address(target) != memory.address(parameters):
+            memory.copy(parameters, target)
+        memory.finish()
         store_release(self.board.words, _SEQUENCES + index, 2 * version)
         store_release(self.board.words, _NEWEST, version)
         self._version = version
@@ -196,10 +199,11 @@ class SharedRootLink(RootLink):
         if not late or self.board.memory.is_file:  # a file would outlive this process, if that were killed
             return
         try:
-            self._kept = SharedMemory.create(source.nbytes)
+            self._kept = self._memory.share(source.nbytes)
         except OSError:
             return
-        self._reducer.copy(source, self._kept.bytes)
+        self._memory.copy(source, self._kept.bytes)
+        self._memory.finish()
         text = self._kept.address.encode()
         self.board.address[:] = 0
         self.board.address[: len(text)] = np.frombuffer(text, np.uint8)
@@ -240,8 +244,9 @@ class SharedRootLink(RootLink):
     def close(self) -> None:
         """Give back the receives and the memory."""
         self._receiver.close()
-        for memory in (self.board.memory, *self._slots.values(), *([self._kept] if self._kept else [])):
-            memory.close()
+        kept = [self._kept] if self._kept else []
+        for shared in (self.board.memory, self.board.versions, *self._slots.values(), *kept):
+            shared.close()
         # pages go with the last array that looks into them, and others may know this link for longer
         del self.board, self._slots, self._news, self._wake
 
@@ -258,9 +263,12 @@ class SharedWorkerLink(WorkerLink):
         layout: Layout,
         published: Layout,
         board: Board,
-        slot: SharedMemory,
+        slot: Shared,
+        memory: Memory,
+        own: Memory,
     ) -> None:
         self.layout, self.published = layout, published
+        self.memory, self._own = memory, own
         self.gradient = slot.bytes
         self.parameters = board.parameters[0]
         self._comm, self._root, self._worker = comm, root, comm.rank
@@ -282,6 +290,8 @@ class SharedWorkerLink(WorkerLink):
             self._unfinished.append((self._send, self._header))
             self._prepare()
         header.pack_into(self._header)
+        if header.kind == Kind.GRADIENT:
+            self._own.finish()  # every byte of it is there
         bells = self._board.bells
         # first the ring: a header that is heard before its ring would leave the root one ring behind for good, if
         # this process were stopped between the two
@@ -317,13 +327,14 @@ class SharedWorkerLink(WorkerLink):
             return load_acquire(self._board.words, _SEQUENCES) != 2 * version
         return load_acquire(self._board.words, _NEWEST) > version
 
-    def read(self, target: np.ndarray) -> int:
+    def read(self, target: Array) -> int:
         """Copy the newest parameters, then make sure that they were not overwritten meanwhile."""
         version = self.newest()
         if version < 0:
             return -1
         index = version % self._board.buffers
-        np.copyto(target, self._board.parameters[index][: target.size])
+        self._own.copy(self._board.parameters[index][: target.size], target)
+        self._own.finish()
         fence()
         return version if self._board.words[_SEQUENCES + index] == 2 * version else -1
 
@@ -346,7 +357,7 @@ class SharedWorkerLink(WorkerLink):
             if self.loops() == pause.loops:
                 return pause
 
-    def take_final(self, target: np.ndarray) -> int:
+    def take_final(self, target: Array) -> int:
         """Copy the version from where it was published, or from where it is kept since."""
         pause = self.pause()
         version = self.read(target)
@@ -360,14 +371,15 @@ class SharedWorkerLink(WorkerLink):
             store_release(self._board.taken, self._worker, pause.loops)
         return version
 
-    def _read_kept(self, target: np.ndarray, kept: int) -> bool:
+    def _read_kept(self, target: Array, kept: int) -> bool:
         address = self._board.address.tobytes().split(b"\0", 1)[0].decode()
         try:
-            memory = SharedMemory.attach(address)
+            shared = self.memory.attach(address)
         except OSError:  # another pause has come
             return False
-        np.copyto(target, memory.bytes[: target.size])
-        memory.close()
+        self._own.copy(shared.bytes[: target.size], target)
+        self._own.finish()
+        shared.close()
         fence()
         return load_acquire(self._board.words, _KEPT) == kept
 
@@ -389,5 +401,5 @@ class SharedWorkerLink(WorkerLink):
             send.Free()
         communicators.give_back(self._comm)
         self.gradient = self.parameters = np.empty(0, np.uint8)
-        self._slot.close()
-        self._board.memory.close()
+        for shared in (self._slot, self._board.memory, self._board.versions):
+            shared.close()

@@ -17,6 +17,7 @@ from mpi4py import MPI
 from mpisync.aggregation.participant import Participant, compile_at_root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.commands.benching.measuring import meet
+from mpisync.device.host import HostMemory
 from mpisync.policies import BackupWorkers
 from mpisync.transport import rendezvous
 from mpisync.transport.layout import Layout, SgdSpan
@@ -144,8 +145,9 @@ class Ours(Contender):
         if participant.is_root:
             self._root = participant.root()
             self._steps = self._root.serve()
-            threads = participant.memory.reducer.threads
-            self._update = Update(optimizer, layout.arrays(participant.parameters)[0], threads)
+            assert isinstance(participant.memory, HostMemory)  # as no other was asked for
+            parameters = layout.arrays(participant.parameters)[0]
+            self._update = Update(optimizer, parameters, participant.memory.reducer.threads)
             self._spans = [SgdSpan(0, 0, size, LR)] if optimizer == "sgd" else []
             self.spent_s: dict[str, list[float]] = {
                 "reduce": [], "update": [], "publish": [], "step": []

@@ -19,9 +19,9 @@ from typing import Any
 from mpisync import launchers, settings
 from mpisync.commands.checkup.children import find_tools, start_rank, start_trial
 from mpisync.commands.checkup.probes import Machine, Probe
+from mpisync.device.shared_memory import SharedMemory
 from mpisync.policies import parse_policy
 from mpisync.transport.peers import Peer
-from mpisync.transport.shared_memory import SharedMemory
 from mpisync.version import __version__
 
 _SIOCGIFADDR = 0x8915

@@ -69,6 +69,8 @@ class RootRole(Role):
         self._binding.bind()
         self._sample, self._frozen = MemorySample(memory), FrozenWatch(self._flat.frozen)
         self._extras = self._participant.published.extras(memory)
+        # means of buffers are made by the host
+        self._host_extras = self._extras if self._participant.memory.is_host else np.zeros(self._extras.size, np.uint8)
         self._buffers = self._flat.buffers.views(self._extras)
         self._flat.buffers.pack(self._buffers)
         self._averages: tuple[Tensor, ...] = ()
@@ -83,6 +85,7 @@ class RootRole(Role):
             clip_norm=options.clip_norm,
             clip_value=options.clip_value,
             decay=options.ema,
+            memory=self._participant.memory,
         )
         self._schedule = Schedule(options.schedulers, optimizers, options.metric_schedulers)
         self._structure = StructureWatch(model)
@@ -193,7 +196,9 @@ class RootRole(Role):
         if self._extras.size:
             buffers = [extras[split:] for extras in closed.extras]
             self._tell_of_buffers(closed.step, buffers)
-            self._flat.buffers.average(self._extras, buffers)
+            self._flat.buffers.average(self._host_extras, buffers)
+            if self._host_extras is not self._extras:
+                self._participant.memory.copy(self._host_extras, self._extras)
             self._flat.buffers.load(self._buffers)  # for whoever looks at the model in on_step=
 
     def _measure(self, step: int) -> list[tuple[int, float]]:

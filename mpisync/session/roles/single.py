@@ -22,6 +22,7 @@ from mpisync.aggregation.sample_pool import BatchId
 from mpisync.aggregation.shutdown import failure_of
 from mpisync.aggregation.verdict import Verdict
 from mpisync.data.continued import ContinuedBatches
+from mpisync.device.host import aligned_bytes
 from mpisync.model.averages import initial_average
 from mpisync.model.copies import Values
 from mpisync.model.flat import FlatModel
@@ -38,7 +39,6 @@ from mpisync.session.options import Options
 from mpisync.session.recorder import Recorder, tell_of_no_metric
 from mpisync.session.roles.base import Role
 from mpisync.session.run_info import run_info
-from mpisync.transport.layout import aligned_bytes
 from mpisync.transport.peers import peak_rss_bytes
 from mpisync.transport.wire import GradientInfo
 

@@ -54,13 +54,17 @@ class WorkerRole(Role):
         self.worker, self.workers = comm.rank, comm.size - 1
         self._threads = torch_threads(self._participant.meeting)
         link = self._worker.link
-        self._slot = self._flat.views(link.layout.arrays(link.gradient))
-        extras = link.layout.extras(link.gradient)
-        self._presence = extras[: len(self._flat.parameters)]
+        memory = self._participant.memory
+        # where the link's memory is not the model's, a gradient is made beside the model and moves there whole
+        self._gradient = link.gradient if link.memory is memory else memory.allocate(link.layout.size_bytes)
+        self._slot = self._flat.views(link.layout.arrays(self._gradient))
+        extras = link.layout.extras(self._gradient)
+        self._sent_presence = extras[: len(self._flat.parameters)]
+        self._presence = self._sent_presence if memory.is_host else np.zeros(len(self._flat.parameters), np.uint8)
         self._buffers = self._flat.buffers.views(extras[self._distributed.presence_bytes :])
         # A gradient that is late and counts all the same needs parameters that stay as they are while it is computed.
         needs_copy = options.own_copy or (isinstance(options.on_late, Carry) and link.shares_parameters)
-        in_place = self._participant.reads_in_place and not needs_copy
+        in_place = self._participant.reads_in_place and not needs_copy and memory.is_host
         self._schedule = Schedule(options.schedulers, optimizers, options.metric_schedulers)
         self._guards = LoopGuards(model, optimizers, options.schedulers, tells=self.worker == 0)
         read_only = bool(settings.read("MPISYNC_READ_ONLY"))
@@ -179,6 +183,7 @@ class WorkerRole(Role):
                 peak = math.inf  # given up before there was a gradient: not to be carried
             elif (added := self._carried.add_in(self._worker.version, total)) is not None:
                 total, peak = added
+        self._move()
         version, carries = self._worker.version, added is not None
         verdict = self._worker.push(
             GradientInfo(
@@ -200,6 +205,14 @@ class WorkerRole(Role):
             self._carried.judged(version, total, is_late=is_late, carries=carries)
         self._pull()
         return verdict
+
+    def _move(self) -> None:
+        """Bring what was packed to where the root reads it, if it is not there yet."""
+        memory, link = self._participant.memory, self._worker.link
+        if not memory.is_host:
+            memory.copy(self._presence, self._sent_presence)
+        if self._gradient is not link.gradient:
+            memory.copy(self._gradient, link.gradient)
 
     def _pull(self) -> None:
         """Take the newest parameters and module buffers, or leave the loop with its last where that is over."""

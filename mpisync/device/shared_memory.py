@@ -1,4 +1,4 @@
-"""Memory that several processes of a node share, and the futex that lets them sleep until it changes.
+"""Host memory that several processes of a node share.
 
 A `memfd` opened through /proc/PID/fd is bounded by no mount and vanishes with its last user; where /proc of another
 process cannot be opened (other PID namespaces), a file in /dev/shm takes its place, unlinked once all have attached.
@@ -11,15 +11,12 @@ import ctypes
 import errno
 import mmap
 import os
-import platform
 import secrets
 from pathlib import Path
 
 import numpy as np
 
 _NONCE_BYTES = 64  # a random prefix: whoever attaches proves that it mapped the right memory
-_SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
-_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -110,33 +107,3 @@ def _allocate(fd: int, size_bytes: int) -> None:
     except OSError as error:
         missing = f"{size_bytes / 1e6:.1f} MB of shared memory wanted"
         raise OSError(error.errno, f"{missing}, and {os.strerror(error.errno or 0)}") from error
-
-
-class Futex:
-    """A uint32 in shared memory on which processes sleep until another changes it and wakes them.
-
-    Where the platform has no futex, a wait is a short sleep.
-    """
-
-    def __init__(self, words: np.ndarray, index: int) -> None:
-        self.words = words  # keeps the memory alive
-        self.index = index
-        self._address = ctypes.c_void_p(words.ctypes.data + 4 * index)
-
-    def wait(self, seen: int, timeout_s: float) -> None:
-        """Sleep while the word still is `seen`, at most `timeout_s`."""
-        whole = int(timeout_s)
-        limit = (ctypes.c_long * 2)(whole, int((timeout_s - whole) * 1e9))
-        if _SYS_FUTEX is None:
-            import time
-
-            time.sleep(min(timeout_s, 1e-4))
-            return
-        _libc.syscall(
-            _SYS_FUTEX, self._address, _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), limit, None, 0
-        )
-
-    def wake(self) -> None:
-        """Wake all who sleep on the word."""
-        if _SYS_FUTEX is not None:
-            _libc.syscall(_SYS_FUTEX, self._address, _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
