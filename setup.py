@@ -31,7 +31,7 @@ setup(
     license_expression="BSD-3-Clause",
     license_files=["LICENSE"],
     packages=find_packages(include=["mpisync", "mpisync.*"]),
-    package_data={"mpisync": ["py.typed"]},
+    package_data={"mpisync": ["py.typed"], "mpisync.device": ["*.cu"]},
     python_requires=">=3.10",
     install_requires=["numpy>=1.26", "mpi4py>=4", "numba>=0.60"],
     extras_require={
