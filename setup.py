@@ -49,6 +49,9 @@ setup(
             "hypothesis",
             "ml_dtypes",  # NumPy's bfloat16
             "mypy",
+            # NVIDIA's compiler and disassembler (63 MB), for which no card is needed.
+            "nvidia-cuda-nvdisasm>=13,<14; platform_machine == 'x86_64'",
+            "nvidia-cuda-nvrtc>=13,<14; platform_machine == 'x86_64'",
             "pytest>=8.2",
             "pytest-timeout",
             "ruff",
