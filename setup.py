@@ -31,7 +31,7 @@ setup(
     license_expression="BSD-3-Clause",
     license_files=["LICENSE"],
     packages=find_packages(include=["mpisync", "mpisync.*"]),
-    package_data={"mpisync": ["py.typed"]},
+    package_data={"mpisync": ["py.typed"], "mpisync.device": ["*.cu"]},
     python_requires=">=3.10",
     install_requires=["numpy>=1.26", "mpi4py>=4", "numba>=0.60"],
     extras_require={
@@ -49,6 +49,9 @@ setup(
             "hypothesis",
             "ml_dtypes",  # NumPy's bfloat16
             "mypy",
+            # NVIDIA's compiler and disassembler (63 MB), for which no card is needed.
+            "nvidia-cuda-nvdisasm>=13,<14; platform_machine == 'x86_64'",
+            "nvidia-cuda-nvrtc>=13,<14; platform_machine == 'x86_64'",
             "pytest>=8.2",
             "pytest-timeout",
             "ruff",

@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = zipfile.ZipFile(wheel).namelist()
     info = f"mpisync-{mpisync.__version__}.dist-info/"
     assert all(name.startswith(("mpisync/", info)) for name in names)
-    assert {"mpisync/py.typed", info + "licenses/LICENSE"} <= set(names)
+    assert {"mpisync/py.typed", "mpisync/device/fold.cu", info + "licenses/LICENSE"} <= set(names)
     ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mpisync").rglob("*.py")}
     assert ours == {name for name in names if name.endswith(".py")}
 
@@ -94,6 +94,7 @@ def test_the_sdist_can_be_tested(built):
     files |= {"CONTRIBUTING.md", "CITATION.cff"}
     assert files <= names
     assert {"tests/conftest.py", "tests/site/sitecustomize.py", "mpisync/py.typed"} <= names
+    assert {"tests/cuda_shim.h", "mpisync/device/fold.cu"} <= names
     assert not any("__pycache__" in name for name in names)
 
 
