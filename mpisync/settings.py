@@ -45,12 +45,23 @@ def columns(text: str) -> int:
     return value
 
 
+def device(text: str) -> str:
+    """Parse the name of a device."""
+    kind, _, index = text.partition(":")
+    if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise ValueError("must be auto, cpu, or a card as cuda:0")
+    return text
+
+
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
         Setting("MPISYNC_POLICY", str, None, "the policy, in place of the script's own"),
         Setting(
             "MPISYNC_TRANSPORT", str, "auto", "how gradients travel; auto: by the first transport that reaches a worker"
+        ),
+        Setting(
+            "MPISYNC_DEVICE", device, "auto", "where the root reduces: cpu, or a card as cuda:0; auto: where its model is"
         ),
         Setting(
             "MPISYNC_START_TIMEOUT_S", seconds, 300.0, "how long ranks wait for each other at the start"

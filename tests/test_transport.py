@@ -18,12 +18,12 @@ from mpi4py import MPI
 from mpisync import siblings
 from mpisync.aggregation import participant
 from mpisync.commands import run
+from mpisync.device import shared_memory as memory_module
 from mpisync.device.shared_memory import SharedMemory
 from mpisync.policies import Async, BackupWorkers, Deadline, Replay
 from mpisync.session.options import chosen_policy
 from mpisync.session.partial_reduce import PartialReduce
 from mpisync.transport import communicators, connect, shared
-from mpisync.device import shared_memory as memory_module
 from mpisync.transport.futex import Futex
 from mpisync.transport.layout import Layout
 from mpisync.transport.wire import Reply, ReplyKind, Status

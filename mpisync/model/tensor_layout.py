@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from mpisync.device.base import ALIGNMENT, Array
 from mpisync.kernels.dtypes import DTYPES
@@ -75,7 +76,7 @@ def tensor_of(segment: Array | Tensor, dtype: str) -> Tensor:
     if isinstance(segment, Tensor):
         return segment
     if not isinstance(segment, np.ndarray):  # on a device
-        tensor = torch.from_dlpack(segment)
+        tensor = from_dlpack(segment)
         return tensor.view(getattr(torch, dtype)) if tensor.dtype is torch.uint16 else tensor
     with warnings.catch_warnings():
         # Parameters may be mapped read-only, to find whoever writes to them.

@@ -62,10 +62,11 @@ class MemorySample:
             return None
         before, after = (np.frombuffer(b"".join(parts), np.uint64) for parts in (self._kept, now))
         word = int(np.flatnonzero(before != after)[0])
-        row, column = divmod(word, _BLOCK_WORDS)
+        blocks: int = self._blocks.shape[0]
         sampled = len(now[0]) // 8
         if word >= sampled:
-            return 8 * (self._blocks.shape[0] * _BLOCK_WORDS + word - sampled)
+            return 8 * (blocks * _BLOCK_WORDS + word - sampled)
+        row, column = divmod(word, _BLOCK_WORDS)
         return 8 * ((self._turn + row * self._turns) * _BLOCK_WORDS + column)
 
 

@@ -1,0 +1,161 @@
+"""A stand-in for a card: its memory is the host's, its kernels are `fold.cu` as C++, its arrays are no NumPy's.
+
+What takes it for the host's memory fails: an array of it has nothing but what CuPy's have in common with NumPy's and
+the code uses. It counts what is moved, and knows whether anything was begun that nobody has waited for.
+"""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import host_kernel
+import numpy as np
+
+from mpisync.device import kernel
+from mpisync.device.base import Memory
+from mpisync.device.host import aligned_bytes
+from mpisync.device.reducer import DeviceReducer
+from mpisync.device.shared_memory import SharedMemory
+
+
+class StandInArray:
+    """An array on the stand-in: flat, contiguous."""
+
+    def __init__(self, array):
+        self._array = array
+
+    size = property(lambda self: self._array.size)
+    nbytes = property(lambda self: self._array.nbytes)
+    dtype = property(lambda self: self._array.dtype)
+    shape = property(lambda self: self._array.shape)
+
+    def __len__(self):
+        return len(self._array)
+
+    def __getitem__(self, part):
+        assert isinstance(part, slice) and part.step is None, "only runs of elements"
+        return StandInArray(self._array[part])
+
+    def view(self, dtype):
+        return StandInArray(self._array.view(dtype))
+
+    def __dlpack__(self, **more):
+        more = {name: value for name, value in more.items() if name != "dl_device"}
+        return self._array.__dlpack__(**more)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+    def __array__(self, *_, **__):
+        raise TypeError("this array is on a device: use Memory.to_host")
+
+
+class StandInBlock:
+    """Shared memory of the stand-in."""
+
+    is_file = False
+
+    def __init__(self, shared, memory):
+        self._shared, self._memory = shared, memory
+        self.address, self.bytes = "stand-in:" + shared.address, StandInArray(shared.bytes)
+        memory.counts["open"] += 1
+
+    def protect(self, start):
+        raise OSError(errno.ENOTSUP, "a device's memory cannot be made read-only")
+
+    def unlink(self):
+        self._shared.unlink()
+
+    def close(self):
+        if self._shared.bytes.size:
+            self._memory.counts["open"] -= 1
+            self._shared.close()
+
+
+class StandIn(Memory):
+    """The stand-in's memory, for one process.
+
+    Attributes:
+        counts: Bytes "read" and "written" on the device, "in" and "out" of it; blocks "opened" and still "open".
+        is_busy: Whether something was begun that `finish` has not waited for.
+    """
+
+    name = "stand-in:0"
+    way = "stand-in"
+    is_host = False
+    is_owned_by_root = True
+    reaches = True  # whether other processes' memory can be attached
+
+    def __init__(self):
+        self.counts = Counter()
+        self.is_busy = False
+        self._launcher = launcher()
+        self.reducer = DeviceReducer(kernel.Kernels(self._launch, multiprocessors=2), self)
+
+    def _launch(self, name, blocks, threads, argument):
+        self.is_busy = True
+        self.counts[name.partition("<")[0]] += 1
+        self._launcher(name, blocks, threads, argument)
+
+    def allocate(self, size_bytes):
+        return StandInArray(aligned_bytes(size_bytes))
+
+    def share(self, size_bytes, *, as_file=False):
+        return StandInBlock(SharedMemory.create(size_bytes), self)
+
+    def attach(self, address):
+        kind, _, rest = address.partition(":")
+        if kind != "stand-in" or not self.reaches:
+            raise OSError(errno.EACCES, "memory of the root's device cannot be opened")
+        self.counts["opened"] += 1
+        return StandInBlock(SharedMemory.attach(rest), self)
+
+    def copy(self, source, target):
+        self.is_busy = True
+        assert target.nbytes == source.nbytes
+        for name, array in (("read", source), ("written", target)):
+            if isinstance(array, StandInArray):
+                self.counts[name] += array.nbytes
+        if not isinstance(source, StandInArray):
+            self.counts["in"] += source.nbytes
+        if not isinstance(target, StandInArray):
+            self.counts["out"] += source.nbytes
+        bytes_of(target)[:] = bytes_of(source)
+
+    def to_host(self, array):
+        if not isinstance(array, StandInArray):
+            return array
+        self.finish()
+        self.counts["out"] += array.nbytes
+        return array._array.copy()
+
+    def address(self, array):
+        return bytes_of(array).ctypes.data
+
+    def finish(self):
+        self.is_busy = False
+
+
+def bytes_of(array):
+    plain = array._array if isinstance(array, StandInArray) else array
+    return plain.reshape(-1).view(np.uint8)
+
+
+@functools.cache
+def launcher():
+    """Build the kernels once for all processes of these tests."""
+    sources = b"".join(path.read_bytes() for path in (kernel.SOURCE, host_kernel.SHIM, Path(host_kernel.__file__)))
+    name = f"mpisync-kernels-{os.getuid()}-{hashlib.sha256(sources).hexdigest()[:16]}"
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").exists():
+            host_kernel.built(folder)
+            (folder / "built").touch()
+    return host_kernel.loaded(folder / "kernels.so")
