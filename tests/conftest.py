@@ -1,4 +1,4 @@
-"""Parallel tests: `parallel.py` starts them; `launch.py` starts users' scripts; `stand_in.py` is a device without one."""
+"""Parallel tests: `parallel.py` starts them; `launch.py` starts users' scripts; `stand_in.py` is no device."""
 
 import os
 

@@ -80,7 +80,8 @@ class Queues:
         return Reached(
             workers,
             root_link=partial(QueueRootLink, self, tuple(workers), run.layout),
-            worker_link=partial(QueueWorkerLink, self, rank, run.layout, run.published, run.memory),
+            worker_link=partial(QueueWorkerLink, self, rank, run.layout, run.published, run.host),
+            memory=run.host,
         )
 
     def left(self):

@@ -256,6 +256,14 @@ SENTENCES = {
         "GPUs", "ok", "torch sees H100 of 2 GPUs, CUDA_VISIBLE_DEVICES=1 (rank 1)", "",
     ),
     "GPUs that torch does not see": (alone(gpu_files=2), "GPUs", "note", "torch sees none of 2 GPUs", "CUDA"),
+    "GPUs that torch and CuPy can use": (
+        job(every={"gpu_files": 1, "tools": {"gpus": ("H100",)}}), "GPUs", "ok",
+        "gradients of a model on a card are reduced there, by CuPy", "",
+    ),
+    "no CuPy": (
+        job(every={"gpu_files": 1, "tools": {"gpus": ("H100",), "device": "CuPy is missing: pip install it"}}),
+        "GPUs", "note", "a model on a card cannot be trained: CuPy is missing: pip install it", "as it says",
+    ),
     "an MPI that takes no GPU memory": (
         alone(gpu_files=1, start={"cuda_aware": False}), "GPUs", "ok", "MPI does not take GPU memory", "",
     ),

@@ -37,6 +37,20 @@ def _compile(layout: Layout) -> None:
     warm([segment.dtype.name for segment in layout.segments])
 
 
+def bytes_at_root(layout: Layout, published: Layout, workers: int, policy: Policy) -> int:
+    """Return how much of its memory a run takes at the root: gradients, their sum, and versions of the parameters."""
+    sums = sum(segment.count * segment.dtype.accumulator.itemsize for segment in layout.segments)
+    return workers * layout.size_bytes + sums + (_versions(policy) + 1) * published.size_bytes
+
+
+def _versions(policy: Policy) -> int:
+    """Return how many versions of the parameters may be read at a time.
+
+    A worker that is out of date may go on reading only where its gradient can still count.
+    """
+    return 1 if policy.staleness == 0 else _BUFFERS
+
+
 @functools.cache
 def _tell_once(note: str) -> None:
     """Tell how workers are reached, in the first of a process's runs that it holds for."""
@@ -69,9 +83,8 @@ class Participant:
         self.meeting, self.layout, self.published, self.policy = meeting, layout, published, policy
         _compile(layout)
         host = own if isinstance(own, HostMemory) else HostMemory(self._threads())
-        # a worker that is out of date may go on reading only where its gradient can still count
-        buffers = 1 if policy.staleness == 0 else _BUFFERS
-        self._connection = connect(Run(meeting, layout, published, buffers, host, host if own is None else own))
+        run = Run(meeting, layout, published, _versions(policy), host, host if own is None else own)
+        self._connection = connect(run)
         self.parameters = self._connection.home
         self.memory = self._connection.memory if self.is_root or own is None else own
         _tell_once(self._connection.note)

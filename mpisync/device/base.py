@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,6 +124,18 @@ class Memory(abc.ABC):
         Raises:
             OSError: They cannot be reached from here, or are others.
         """
+
+    def free_bytes(self) -> float:
+        """Return how much of it nobody has; infinity where that is not known."""
+        return math.inf
+
+    def pin(self, array: np.ndarray) -> Callable[[], None]:
+        """Lock the pages of the host's memory that hold an array, to copy from and to them faster.
+
+        Returns:
+            What unlocks them, before they are unmapped.
+        """
+        return lambda: None
 
     @abc.abstractmethod
     def copy(self, source: Array, target: Array) -> None:

@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class CudaMemory(Memory):
         index: The card's number.
 
     Raises:
-        RuntimeError: There is no such card, or CuPy cannot work with it.
+        ValueError: There is no such card, or CuPy cannot work with it.
     """
 
     way = "CUDA IPC"
@@ -45,6 +45,8 @@ class CudaMemory(Memory):
     def __init__(self, index: int) -> None:
         self._cupy: Any = _cupy()
         self.index, self.name = index, f"cuda:{index}"
+        if not 0 <= index < (cards := self._cupy.cuda.runtime.getDeviceCount()):
+            raise ValueError(f"there is no {self.name}: this process sees {cards} cards, numbered from 0")
         with self._stream():
             properties = self._cupy.cuda.runtime.getDeviceProperties(index)
             self.uuid = bytes(properties["uuid"]).hex()
@@ -68,10 +70,10 @@ class CudaMemory(Memory):
         with self._stream():
             self._functions[name]((blocks,), (threads,), (by_value,))
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
         """Return how much of the card's memory nobody has."""
         with self._stream():
-            return int(self._cupy.cuda.runtime.memGetInfo()[0])
+            return float(self._cupy.cuda.runtime.memGetInfo()[0])
 
     def allocate(self, size_bytes: int) -> Array:
         """Return zeroed bytes of this process's own."""
@@ -144,18 +146,21 @@ class CudaMemory(Memory):
             event.record()
             event.synchronize()
 
-    def pin(self, array: np.ndarray) -> None:
-        """Lock host memory in place, whole pages of it, so that the card copies from and to it by itself."""
-        page = os.sysconf("SC_PAGESIZE")
+    def pin(self, array: np.ndarray) -> Callable[[], None]:
+        """Lock the pages of host memory that hold an array; where that cannot be, copies are slower, and right."""
+        page, runtime = os.sysconf("SC_PAGESIZE"), self._cupy.cuda.runtime
         start = array.ctypes.data // page * page
-        with self._stream(), contextlib.suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # slower, and right
-            self._cupy.cuda.runtime.hostRegister(start, aligned(array.ctypes.data + array.nbytes - start, page), 0)
+        try:
+            with self._stream():
+                runtime.hostRegister(start, aligned(array.ctypes.data + array.nbytes - start, page), 0)
+        except runtime.CUDARuntimeError:
+            return super().pin(array)
 
-    def unpin(self, array: np.ndarray) -> None:
-        """Unlock it again, before it is unmapped."""
-        page = os.sysconf("SC_PAGESIZE")
-        with self._stream(), contextlib.suppress(self._cupy.cuda.runtime.CUDARuntimeError):
-            self._cupy.cuda.runtime.hostUnregister(array.ctypes.data // page * page)
+        def unpin() -> None:
+            with self._stream(), contextlib.suppress(runtime.CUDARuntimeError):
+                runtime.hostUnregister(start)
+
+        return unpin
 
 
 class CudaBlock:
@@ -209,29 +214,29 @@ def _cupy() -> Any:  # noqa: ANN401 (a module without types)
     """Return CuPy.
 
     Raises:
-        RuntimeError: It is missing, of another CUDA than torch, or finds no card.
+        ValueError: It is missing, of another CUDA than torch, or finds no card.
     """
     import torch
 
     wanted = str(torch.version.cuda or "").partition(".")[0]
     if not wanted:
-        raise RuntimeError("a model on a card needs a torch that was built with CUDA, and this one was not")
+        raise ValueError("a model on a card needs a torch that was built with CUDA, and this one was not")
     try:
         import cupy
     except ImportError:
-        raise RuntimeError(
+        raise ValueError(
             f"gradients on a card are reduced by CuPy, which is missing: pip install 'mpisync[cuda{wanted}]'"
         ) from None
     try:
         found = str(cupy.cuda.runtime.runtimeGetVersion() // 1000)
         cards = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # the driver is missing or old
-        raise RuntimeError(f"CuPy cannot use CUDA here: {error}; `mpisync doctor` shows what it finds") from error
+        raise ValueError(f"CuPy cannot use CUDA here: {error}; `mpisync doctor` shows what it finds") from error
     if found != wanted:
-        raise RuntimeError(
+        raise ValueError(
             f"CuPy is of CUDA {found} and torch of CUDA {wanted}, and one process cannot use both: "
             f"pip install 'mpisync[cuda{wanted}]', and uninstall the other CuPy"
         )
     if not cards:
-        raise RuntimeError("CUDA shows this process no card: see CUDA_VISIBLE_DEVICES, and the job's --gpus")
+        raise ValueError("CUDA shows this process no card: see CUDA_VISIBLE_DEVICES, and the job's --gpus")
     return cupy

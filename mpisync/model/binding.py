@@ -71,7 +71,7 @@ class Binding:
     def written(self) -> list[str]:
         """Return the names of the detached parameters that differ, by a bit, from the memory."""
         pairs = zip(self._flat.names, self._flat.parameters, self._views.tensors, strict=True)
-        return [name for name, parameter, view in pairs if not _equal(name, parameter.data, view)]
+        return [name for name, parameter, view in pairs if not _equal(name, parameter.data, view, self._flat.home)]
 
     def end(self) -> None:
         """Leave the parameters with memory of their own and the values that they have, and end the watch."""
@@ -80,12 +80,12 @@ class Binding:
         self._shown = ()  # the script's now: whoever counts who else looks into its memory must not find us
 
 
-def _equal(name: str, one: Tensor, other: Tensor) -> bool:
+def _equal(name: str, one: Tensor, other: Tensor, home: torch.device) -> bool:
     """Say whether two tensors have the same bits: a NaN equals itself, and 0 is not -0."""
-    if one.shape != other.shape or one.dtype is not other.dtype or one.device != other.device:
+    if one.shape != other.shape or one.dtype is not other.dtype or one.device not in (other.device, home):
         raise RuntimeError(_moved(name))
     bits = _BITS[one.itemsize]
-    return torch.equal(one.view(bits), other.view(bits))
+    return torch.equal(one.view(bits).to(other.device), other.view(bits))
 
 
 def _moved(name: str) -> str:

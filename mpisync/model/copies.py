@@ -17,23 +17,24 @@ from mpisync.model.looks import unwatched
 Values = Sequence[tuple[Tensor, Tensor]]
 """Tensors of a model, each with the value that it has in a version."""
 
+_HOST = torch.device("cpu")
 _LOCKS: dict[type, Callable[[], object]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
 _MOST = 1000  # objects that cannot be copied: more are made anew at each attempt
 
 
-def state_of(model: nn.Module, values: Values) -> dict[str, Any]:
+def state_of(model: nn.Module, values: Values, home: torch.device = _HOST) -> dict[str, Any]:
     """Return the model's own state_dict with these values.
 
-    Every tensor has memory of its own, and no more than it needs; tied ones share it.
+    Every tensor has memory of its own on `home`, and no more than it needs; tied ones share it.
     """
     with unwatched(model):
-        return _state_of(model, {id(tensor): value for tensor, value in values})
+        return _state_of(model, {id(tensor): value for tensor, value in values}, home)
 
 
-def _state_of(model: nn.Module, new: Mapping[int, Tensor]) -> dict[str, Any]:
+def _state_of(model: nn.Module, new: Mapping[int, Tensor], home: torch.device) -> dict[str, Any]:
     tensors = [*model.parameters(), *model.buffers()]
     own = [tensor.data for tensor in tensors]
-    private = [new.get(id(tensor), tensor).detach().clone() for tensor in tensors]
+    private = [new.get(id(tensor), tensor).detach().to(home, copy=True) for tensor in tensors]
     try:
         # The values are lent to the model, so that its hooks and its own state_dict see nothing else.
         for tensor, value in zip(tensors, private, strict=True):
@@ -59,8 +60,8 @@ def _is_whole(value: Tensor, kept: set[int]) -> bool:
     return storage.data_ptr() in kept and storage.nbytes() == value.numel() * value.element_size()
 
 
-def copy_of(model: nn.Module, values: Values) -> nn.Module:
-    """Return a private copy of the model that computes with these values.
+def copy_of(model: nn.Module, values: Values, home: torch.device = _HOST) -> nn.Module:
+    """Return a private copy of the model that computes with these values, on the device `home`.
 
     What was computed and kept (an activation) is copied without its graph, a lock is made anew; other objects that
     cannot be copied are shared with the model, which a warning names.
@@ -69,10 +70,10 @@ def copy_of(model: nn.Module, values: Values) -> nn.Module:
         TypeError: A module cannot be copied.
     """
     with unwatched(model):
-        return _copy_of(model, values)
+        return _copy_of(model, values, home)
 
 
-def _copy_of(model: nn.Module, values: Values) -> nn.Module:
+def _copy_of(model: nn.Module, values: Values, home: torch.device) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers(), *(value for _, _, value in attributes(model))):
         if isinstance(tensor, Tensor):
@@ -88,6 +89,8 @@ def _copy_of(model: nn.Module, values: Values) -> nn.Module:
                     "began, so there is no copy of this version: change the model before Session, on every rank"
                 )
             theirs[names[id(tensor)]].data.copy_(value)
+    for tensor in theirs.values():
+        tensor.data = tensor.data.to(home)  # nothing, but for a model whose parameters are elsewhere meanwhile
     return twin
 
 

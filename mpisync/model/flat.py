@@ -40,6 +40,7 @@ class FlatModel:
         places: Where each of them lies.
         segments: (dtype name, count of elements) of each segment, padding included.
         buffers: The module buffers, packed.
+        home: The device that the model is on.
         frozen: The parameters that are not trained, with their names; they travel once, when the session begins.
     """
 
@@ -55,6 +56,7 @@ class FlatModel:
         strides = {
             name: place.stride for (name, _), place in zip(trained, self.places, strict=True)
         }
+        self.home = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._copier = GradientCopier(self.segments, self.places, on_host=on_host)
         self._signature = signature(model, strides)
         self._bound = False
@@ -105,14 +107,15 @@ class FlatModel:
             parameter.data = tensor
 
     def unbind(self) -> None:
-        """Make parameters and gradients private again, with the values they have now."""
+        """Make parameters and gradients private again, with the values they have now, on the model's own device."""
         for parameter, gradient in zip(self.parameters, self._gradients, strict=False):
             if parameter.grad is gradient:
                 parameter.grad = None
         self._gradients, self._casts = (), None
+        self._copier.forget()
         if self._bound:
             for parameter in self.parameters:
-                parameter.data = parameter.data.clone()
+                parameter.data = parameter.data.to(self.home, copy=True)
         self._bound = False
 
     @torch.no_grad()

@@ -65,6 +65,10 @@ class GradientCopier:
             self._smalls = [slot.segments[segment][start:stop] for segment, start, stop in self._spans if start < stop]
         return max([peak, *map(peak_of, self._smalls)])
 
+    def forget(self) -> None:
+        """Let go of the memory that gradients went to."""
+        self._slot, self._smalls = None, []
+
     def _copy_large(self, index: int, gradient: Tensor, target: Tensor, kernel: PackKernel) -> float:
         if gradient.stride() != target.stride() or gradient.dtype is not target.dtype:
             target.copy_(gradient)

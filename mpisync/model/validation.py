@@ -27,11 +27,12 @@ def check_model_and_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_modules(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for name, parameter in model.named_parameters():
-        _check_tensor(f"parameter {plain_name(name)!r}", parameter)
+        _check_tensor(f"parameter {plain_name(name)!r}", parameter, device)
         _check_parameter(f"parameter {plain_name(name)!r}", parameter)
     for name, buffer in model.named_buffers():
-        _check_tensor(f"buffer {plain_name(name)!r}", buffer)
+        _check_tensor(f"buffer {plain_name(name)!r}", buffer, device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameters: none has requires_grad=True")
     if not optimizers:
@@ -66,7 +67,7 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
-def _check_tensor(what: str, tensor: Tensor) -> None:
+def _check_tensor(what: str, tensor: Tensor, device: torch.device) -> None:
     if is_lazy(tensor):
         raise ValueError(
             f"{what} is not initialised: run one forward pass (model(x)) before Session, on "
@@ -77,10 +78,12 @@ def _check_tensor(what: str, tensor: Tensor) -> None:
             f"{what} is on the meta device and has no values: call model.to_empty(device='cpu') "
             "and initialise it before Session"
         )
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{what} is on {tensor.device}: models train on the CPU or on a CUDA card; use model.cpu()")
+    if tensor.device != device:
         raise ValueError(
-            f"{what} is on {tensor.device}: this version keeps parameters in host memory; "
-            "use model.cpu()"
+            f"{what} is on {tensor.device} and others of the model are on {device}: its gradients travel in one "
+            f"memory, so put the whole model on one device, as model.to({str(device)!r}) does, before Session"
         )
 
 

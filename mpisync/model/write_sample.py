@@ -67,7 +67,7 @@ class MemorySample:
         if word >= sampled:
             return 8 * (blocks * _BLOCK_WORDS + word - sampled)
         row, column = divmod(word, _BLOCK_WORDS)
-        return 8 * ((self._turn + row * self._turns) * _BLOCK_WORDS + column)
+        return 8 * int((self._turn + row * self._turns) * _BLOCK_WORDS + column)
 
 
 def _memory(tensor: Tensor) -> np.ndarray | Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
-from mpisync.aggregation.participant import Participant, compile_at_root
-from mpisync.device.base import Array, aligned
+from mpisync.aggregation.participant import Participant, bytes_at_root, compile_at_root
+from mpisync.device.base import Array, Memory, aligned
 from mpisync.device.host import aligned_bytes
 from mpisync.device.placement import memory_of, placed
 from mpisync.kernels.jit import check_jit
@@ -54,7 +54,7 @@ class DistributedModel:
         )
         if problem:
             meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank
-        own = memory_of(model)
+        own, problem = _memory_or_problem(lambda: memory_of(model))
         self.flat = FlatModel(model, on_host=own is None or own.is_host)
         self.presence_bytes = aligned(len(self.flat.parameters))
         self.segments = len(self.flat.segments)
@@ -70,12 +70,15 @@ class DistributedModel:
             "own_copy": options.own_copy,
             "on_late": str(options.on_late),
         }
+        if comm.rank == comm.size - 1 and not problem:
+            needed_bytes = bytes_at_root(layout, published, comm.size - 1, options.policy)
+            own, problem = _memory_or_problem(lambda: placed(own, needed_bytes))
+        if problem:
+            meet(comm, Proposal("", problem), _differ)
         content = json.dumps([said, self.flat.signature().decode()])
         compile_at_root(comm, layout)
         meeting = meet(comm, Proposal(content), _differ)
         self._notice(model, meeting)
-        if meeting.is_root:
-            own = placed(own)
         self.participant = Participant(meeting, layout, published, options.policy, own)
         self._share_frozen()
         for optimizer in optimizers:
@@ -118,6 +121,14 @@ class DistributedModel:
             if place.offset - 8 < element < place.offset + place.count and segment.offset <= offset + 7:
                 return place.name
         return "a buffer, or an average"
+
+
+def _memory_or_problem(choose: Callable[[], Memory | None]) -> tuple[Memory | None, str]:
+    """Return a memory and "", or None and what is wrong with it."""
+    try:
+        return choose(), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _differ(root: str, here: str) -> str | None:

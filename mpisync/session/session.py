@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -147,6 +148,7 @@ class Session:
             None if record is None else os.fspath(record),
             on_step, progress, late_work_of(on_late),
         )  # fmt: skip
+        self._home = torch.device("cpu")  # where the model is
         self._role: Role | None = None
         self._draws: DrawWatch | None = None  # of the newest loop
         self._loop: weakref.ref[SessionLoop] | None = None
@@ -157,6 +159,8 @@ class Session:
     def __enter__(self) -> Session:
         if self._comm.size == 1:
             check_launcher(self._comm)
+        if isinstance(self._model, nn.Module):  # else it is refused
+            self._home = next((parameter.device for parameter in self._model.parameters()), self._home)
         with ordinary_mode():  # else the parameters' memory would be of no use outside of it
             if self._comm.size == 1:
                 self._role = SingleProcessRole(self._model, self._optimizers, self._options)
@@ -183,7 +187,7 @@ class Session:
             with ordinary_mode():
                 role.leave(error)
                 if role.averages is not None:
-                    self.average = state_of(self._model, role.averages)
+                    self.average = state_of(self._model, role.averages, self._home)
         finally:
             self._role = EndedRole(
                 role.worker, role.workers, role.version, role.makes_updates, role.averages, role.samples()
@@ -325,7 +329,7 @@ class Session:
             raise ValueError("there is no average: pass ema= to Session")
         with ordinary_mode():
             version, values = self._active.newest(average=average)
-            return version, copy_of(self._plain, values)
+            return version, copy_of(self._plain, values, self._home)
 
     @property
     def _plain(self) -> nn.Module:
@@ -376,7 +380,7 @@ class Session:
         """
         with ordinary_mode():
             version, values = self._active.newest(average=False)
-            state: dict[str, Any] = {"version": version, "model": state_of(self._plain, values)}
+            state: dict[str, Any] = {"version": version, "model": state_of(self._plain, values, self._home)}
         if self._active.makes_updates:
             state["optimizer"] = _states(self._optimizer)
             if self._scheduler is not None:
@@ -386,7 +390,7 @@ class Session:
             if self._options.ema is not None:
                 with ordinary_mode():
                     _, averages = self._active.newest(average=True)
-                    state["average"] = state_of(self._plain, averages)
+                    state["average"] = state_of(self._plain, averages, self._home)
             state["samples"] = {
                 "on_late": str(self._options.on_late), "seed": self._options.seed, **self._active.samples()
             }  # fmt: skip

@@ -139,16 +139,24 @@ def connect(run: Run) -> Connection:
         # With one buffer whoever still computes on what is overwritten is late; with several it is not, but messages
         # change parameters only while their worker waits.
         reads_in_place=link is not None and (run.buffers == 1 or not link.shares_parameters),
-        note=_note(meeting, missed or (), why_not) if meeting.is_root else "",
+        note=_note(run, memory, missed or (), why_not) if meeting.is_root else "",
     )
 
 
-def _note(meeting: Meeting, missed: Sequence[int], why_not: str) -> str:
-    """Say why the transport that was tried first does not reach some workers; "" where it reaches all."""
-    root = meeting.peers[meeting.root]
+def _note(run: Run, memory: Memory, missed: Sequence[int], why_not: str) -> str:
+    """Say on which device gradients stay, and why some go another way than was tried first; "" for nothing to tell."""
+    meeting, root = run.meeting, run.meeting.peers[run.meeting.root]
+    if not memory.is_host:
+        return f"gradients stay on {memory.name}, where workers put them by {memory.way}"
     far = [worker for worker in missed if meeting.peers[worker].boot != root.boot]
     near = [worker for worker in missed if worker not in far]
     texts = []
+    if not run.own.is_host:
+        why = f" ({why_not})" if why_not else ""
+        texts.append(
+            f"not all workers reach {run.own.name}, which is the root's{why}, so gradients come to host memory and are "
+            "reduced there"
+        )
     if far:
         hosts = ", ".join(dict.fromkeys(meeting.peers[worker].host for worker in far))
         texts.append(f"{_workers(far)} on {hosts}, not on the root's machine {root.host}: gradients travel by messages")

@@ -273,6 +273,8 @@ class SharedWorkerLink(WorkerLink):
         self.parameters = board.parameters[0]
         self._comm, self._root, self._worker = comm, root, comm.rank
         self._board, self._slot = board, slot
+        host = (slot.bytes, board.versions.bytes) if memory.is_host else ()
+        self._unpin = [own.pin(array) for array in host]  # for copies from and to a device
         self._news, self._wake = board.news(), board.wake()
         self._seen = 0
         self._unfinished: list[tuple[MPI.Prequest, bytearray]] = []
@@ -292,6 +294,8 @@ class SharedWorkerLink(WorkerLink):
         header.pack_into(self._header)
         if header.kind == Kind.GRADIENT:
             self._own.finish()  # every byte of it is there
+        elif header.kind == Kind.BYE and not self.memory.is_host:
+            self._let_go()  # the root gives a device's memory back when it has heard this
         bells = self._board.bells
         # first the ring: a header that is heard before its ring would leave the root one ring behind for good, if
         # this process were stopped between the two
@@ -400,6 +404,15 @@ class SharedWorkerLink(WorkerLink):
             send.Wait()
             send.Free()
         communicators.give_back(self._comm)
+        self._let_go()
+        self._board.memory.close()
+
+    def _let_go(self) -> None:
+        """Let go of the gradient's and the parameters' memory."""
+        for unpin in self._unpin:
+            unpin()
+        self._unpin = []
         self.gradient = self.parameters = np.empty(0, np.uint8)
-        for shared in (self._slot, self._board.memory, self._board.versions):
-            shared.close()
+        self._board.parameters = []
+        self._slot.close()
+        self._board.versions.close()

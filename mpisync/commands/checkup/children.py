@@ -37,9 +37,13 @@ try:
     tell(torch=torch.__version__, threads=torch.get_num_threads())
     if torch.cuda.is_available():
         tell(gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
+        from mpisync.device.cuda import CudaMemory
+        CudaMemory(0)
 except ModuleNotFoundError as error:
     if error.name != "torch":
         tell(problem=str(error))
+except ValueError as error:
+    tell(device=str(error))
 except Exception as error:
     tell(problem=f"{type(error).__name__}: {error}")
 """

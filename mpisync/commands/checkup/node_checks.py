@@ -211,9 +211,14 @@ def gpus(case: Case) -> Iterator[Finding]:
         says = f"torch sees {', '.join(seen) if seen else 'none'} of {several(most, 'GPU')}{why}{who(case, ranks)}"
         hidden = not seen and visible is None
         yield Finding("GPUs", says, "install a torch built for this machine's CUDA, if you want them" if hidden else "")
+    for problem, ranks in by_value(case, lambda probe: probe.tools.device).items():
+        if problem:
+            yield Finding("GPUs", f"a model on a card cannot be trained: {problem}{who(case, ranks)}", "as it says")
+        elif case.ranks[ranks[0]].tools.gpus:
+            yield Finding("GPUs", f"gradients of a model on a card are reduced there, by CuPy{who(case, ranks)}")
     aware = case.first.start.cuda_aware
     says = "does not say whether it takes" if aware is None else "says that it takes" if aware else "does not take"
-    yield Finding("GPUs", f"MPI {says} GPU memory; mpisync keeps gradients in host memory for now, and needs none")
+    yield Finding("GPUs", f"MPI {says} GPU memory, and mpisync gives it none: between nodes gradients go by the host")
 
 
 def network(case: Case) -> Iterator[Finding]:

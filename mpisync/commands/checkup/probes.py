@@ -35,6 +35,7 @@ class Tools:
     cache: str = ""  # where compiled kernels are kept
     threads: int = 0  # torch's
     gpus: tuple[str, ...] = ()  # that torch can use
+    device: str = ""  # why gradients cannot be reduced on the first of them
     problem: str = ""
 
 

@@ -65,8 +65,13 @@ class RootRole(Role):
         memory = self._participant.parameters
         parameters = self._distributed.parameters(memory)
         self._flat.store(parameters)
-        self._binding = Binding(model, self._flat, parameters, lambda: [view.clone() for view in parameters.tensors])
+        home = self._flat.home  # else the script could not compute with them between loops
+        self._binding = Binding(
+            model, self._flat, parameters, lambda: [view.to(home, copy=True) for view in parameters.tensors]
+        )
         self._binding.bind()
+        self._optimizers = optimizers if parameters.tensors[0].device != home else ()
+        self._move_states()
         self._sample, self._frozen = MemorySample(memory), FrozenWatch(self._flat.frozen)
         self._extras = self._participant.published.extras(memory)
         # means of buffers are made by the host
@@ -108,6 +113,12 @@ class RootRole(Role):
             cores=cores_of(peers, peers[-1]),
             **run_info(self._flat.parameters, optimizers, options.schedulers),
         )
+
+    def _move_states(self) -> None:
+        """Bring the optimizers' states to the device that the parameters are on now, if that is not the model's."""
+        for optimizer in self._optimizers:
+            if optimizer.state:
+                optimizer.load_state_dict(optimizer.state_dict())
 
     @property
     def version(self) -> int:
@@ -291,6 +302,7 @@ class RootRole(Role):
             leave_root(self._root, error)
         finally:
             self._binding.end()
+            self._move_states()
             self._threads.restore()
             self._recorder.end(
                 self.version,

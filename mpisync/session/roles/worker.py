@@ -283,4 +283,7 @@ class WorkerRole(Role):
                 self._notice.undo()
             self._parameters.end(final=has_final)
             self._threads.restore()
+            # the root frees a device's memory when this worker has said goodbye
+            self._carried = None
+            del self._gradient, self._slot, self._sent_presence, self._presence, self._buffers
             leave_worker(self._worker, error)
