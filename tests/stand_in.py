@@ -22,6 +22,11 @@ from mpisync.device.host import aligned_bytes
 from mpisync.device.reducer import DeviceReducer
 from mpisync.device.shared_memory import SharedMemory
 
+_ITEMSIZES = {
+    "double": 8, "float": 4, "Float16": 2, "BFloat16": 2,
+    "unsigned long long": 8, "unsigned int": 4, "unsigned short": 2,
+}  # fmt: skip
+
 
 class StandInArray:
     """An array on the stand-in: flat, contiguous."""
@@ -87,9 +92,8 @@ class StandIn(Memory):
 
     name = "stand-in:0"
     way = "stand-in"
-    is_host = False
+    is_host = folds_early = False
     is_owned_by_root = True
-    reaches = True  # whether other processes' memory can be attached
 
     def __init__(self):
         self.counts = Counter()
@@ -99,7 +103,19 @@ class StandIn(Memory):
 
     def _launch(self, name, blocks, threads, argument):
         self.is_busy = True
-        self.counts[name.partition("<")[0]] += 1
+        kind, _, element = name.rstrip(">").partition("<")
+        self.counts[kind] += 1
+        itemsize = _ITEMSIZES[element]
+        wide = max(itemsize, 4)
+        if kind == "pack":
+            self.counts["read"] += argument.size * itemsize
+            self.counts["written"] += argument.size * itemsize * bool(argument.target)
+        elif kind == "squares":
+            self.counts["read"] += argument.size * itemsize
+        else:
+            self.counts["read"] += argument.size * (argument.count * itemsize + wide * bool(argument.base))
+            self.counts["read"] += argument.size * wide * (kind == "fused_sgd_step")
+            self.counts["written"] += argument.size * wide
         self._launcher(name, blocks, threads, argument)
 
     def allocate(self, size_bytes):
@@ -110,7 +126,7 @@ class StandIn(Memory):
 
     def attach(self, address):
         kind, _, rest = address.partition(":")
-        if kind != "stand-in" or not self.reaches:
+        if kind != "stand-in":
             raise OSError(errno.EACCES, "memory of the root's device cannot be opened")
         self.counts["opened"] += 1
         return StandInBlock(SharedMemory.attach(rest), self)

@@ -101,7 +101,7 @@ class Root:
         self.inbox = Inbox(links, self.roster.members, self.roster.me, clock, self._ties)
         self._sum = RunningSum(layout, memory, links, weighted=weighted, norms=policy.wants_norms)
         self._initial: Gradient | None = None  # of the open step: what its worker's first forward pass initialised
-        self._layout, self._segments = layout, layout.arrays(parameters)
+        self._layout, self._segments, self._folds_early = layout, layout.arrays(parameters), memory.folds_early
         self._stop_asked = False
         self._loops = 0  # that have ended
         self._is_paused = self._has_ended = False
@@ -374,7 +374,7 @@ class Root:
             self._answer_accepted()
         self.roster.flush()
         wake_s = min(player.policy.wakes_at(player.step), now_s + _LOOK_AFTER_S)
-        if self._sum.pending:
+        if self._folds_early and self._sum.pending:
             # a fuller pass is worth waiting for as long as the pass itself takes
             pass_s = self._layout.size_bytes / _FOLD_BYTES_PER_S
             fold_s = player.accepted_s + max(pass_s, _FOLD_AFTER_S)

@@ -91,6 +91,7 @@ class Memory(abc.ABC):
         name: What people call it: "host memory", "cuda:0".
         way: How gradients travel where workers put them into it: what records call the transport.
         is_host: Whether its arrays are NumPy's.
+        folds_early: Whether gradients that wait for others are worth a pass of their own meanwhile.
         is_owned_by_root: Whether what workers share with the root must be the root's: a worker's would go with it.
         reducer: What computes on its arrays.
     """
@@ -98,6 +99,7 @@ class Memory(abc.ABC):
     name: str
     way: str
     is_host: bool
+    folds_early: bool
     is_owned_by_root: bool
     reducer: Arithmetic
 

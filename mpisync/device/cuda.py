@@ -39,7 +39,7 @@ class CudaMemory(Memory):
     """
 
     way = "CUDA IPC"
-    is_host = False
+    is_host = folds_early = False  # a card folds all gradients of a step in less time than a pass more takes to begin
     is_owned_by_root = True
 
     def __init__(self, index: int) -> None:

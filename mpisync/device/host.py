@@ -26,7 +26,7 @@ class HostMemory(Memory):
 
     name = "host memory"
     way = "shared memory"
-    is_host = True
+    is_host = folds_early = True
     is_owned_by_root = False  # a process's own pages lie near its cores, and outlive it while they are mapped
 
     def __init__(self, threads: int = 1) -> None:

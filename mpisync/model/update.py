@@ -64,15 +64,15 @@ class Update:
         """
         if not self._may_fuse or self._memory is None or not _is_plain(self._optimizers[0]):
             return []
-        if self._rounds_alike is None:
-            self._rounds_alike = _matches_torch_rounding(self._memory)
-        if not self._rounds_alike:
-            return []
         rates: dict[nn.Parameter, float] = {}
         for group in self._optimizers[0].param_groups:
             if any(group.get(name) for name in _UNSUPPORTED_BY_FUSED) or not isinstance(group["lr"], float):
                 return []
             rates.update(dict.fromkeys(group["params"], group["lr"]))
+        if self._rounds_alike is None:
+            self._rounds_alike = _matches_torch_rounding(self._memory)
+        if not self._rounds_alike:
+            return []
         spans: list[SgdSpan] = []
         before: float | None = None  # the rate of the parameter before this one
         for parameter, place in zip(self._parameters, places, strict=True):
