@@ -103,7 +103,8 @@ class RootRole(Role):
         self._recorder = recorder
         self._recorder.watch(lambda worker: self._root.roster.members[worker].is_alive)
         named = zip(self._flat.names, self._flat.parameters, strict=True)
-        for text in filter(None, (left_out(named, optimizers), *map(advice_on, optimizers))):
+        advice = map(advice_on, optimizers) if self._participant.memory.is_host else ()
+        for text in filter(None, (left_out(named, optimizers), *advice)):
             print(text, file=sys.stderr, flush=True)
         peers = self._participant.meeting.peers
         self._recorder.header(
