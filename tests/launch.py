@@ -26,6 +26,7 @@ from mpisync import launchers
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "MPITEST_RUN"
+SCRIPT = "MPITEST_SCRIPT"  # a user's script, for which tests/site/sitecustomize.py has a shorter start
 STACKS = signal.SIGRTMIN + 7  # tests/site/sitecustomize.py answers it
 # What a launcher left in our own environment would make a job inside believe that it is a rank.
 _NOT_INHERITED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "_MPISYNC_", "PYTHONUNBUFFERED")
@@ -38,6 +39,8 @@ _HARNESS = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
     "OMPI_MCA_osc": "^ucx",
+    # In each MPI_Init the wheel's libfabric waits a second for network cards that are not there.
+    "OMPI_MCA_btl": "^ofi",
 }
 # What lies below every test in a stack says nothing about it.
 HARNESS_FRAMES = re.compile(r"  File .*(/_pytest/|/pluggy/|/pytest/__main__|<frozen runpy>).*\n")
@@ -240,7 +243,7 @@ def start_script(
         script = folder / "script.py"
         script.write_text(code_or_path)
     command = [launcher()[0].path, *launcher_args, "-n", str(nprocs), sys.executable]
-    return Job([*command, str(script), *args], folder, env=env, stdin=stdin, cwd=cwd)
+    return Job([*command, str(script), *args], folder, env={SCRIPT: "1", **(env or {})}, stdin=stdin, cwd=cwd)
 
 
 def run_script(
