@@ -12,6 +12,7 @@ rank nor what it said, and under mpirun ends the session at the first test of an
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -330,6 +331,7 @@ class Child(Common):
 
     def pytest_unconfigure(self):
         self.file.close()
+        gc.freeze()  # Python's last look for garbage would take long over all that was imported
 
 
 # -- mpirun -n 4 pytest -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 import pytest
 from launch import run_script, start_script
 
+RANKS = 3  # two workers and the root: one rank fails, and one waits that is not the root
 LIMIT_S = 30.0  # of a job; ENDS_S is what it may take after the fault
 ENDS_S = 10.0
 
@@ -102,7 +103,7 @@ def fault(why):
 )
 def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, end):
     code = PLACES[place](ENDS[end])
-    run = check(run_script(5, code, timeout_s=2 * LIMIT_S, launcher_args=launch_arguments))
+    run = check(run_script(RANKS, code, timeout_s=2 * LIMIT_S, launcher_args=launch_arguments))
     assert " fault " in run.stdout
     if end == "an exception":
         assert "OSError: on purpose" in run.stderr and run.stderr.count("Traceback") == 1
@@ -112,19 +113,20 @@ def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, 
 
 def test_two_ranks_that_fail_at_once_both_say_why(launch_arguments):
     code = script(before="comm.Barrier()\nif rank < 2: fault(0); raise OSError(f'on purpose by {rank}')")
-    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments))
+    run = check(run_script(RANKS, code, timeout_s=LIMIT_S, launcher_args=launch_arguments))
     assert 1 <= run.stderr.count("OSError: on purpose by") <= 2  # the first may end the job before the second speaks
 
 
 def test_an_error_at_import_on_one_rank_ends_the_job(launch_arguments):
     code = EARLY.replace("comm =", "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '1':\n"
                          "    import no_such_module\ncomm =") + "comm.Barrier()"
-    check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), "ModuleNotFoundError")
+    check(run_script(RANKS, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), "ModuleNotFoundError")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_the_job(launch_arguments, number):
-    with start_script(5, script(at_worker="say('count', count)", steps=10**6), launcher_args=launch_arguments) as job:
+    code = script(at_worker="say('count', count)", steps=10**6)
+    with start_script(RANKS, code, launcher_args=launch_arguments) as job:
         job.wait_for("0 count 5\n")
         os.kill(job.process.pid, number)
         sent_s = time.monotonic()
@@ -145,13 +147,13 @@ comm.Barrier()
 time.sleep(1)
 say("done")
 """
-    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stdout.count("done") == 5 and "OSError: in a fork" in run.stderr
+    run = check(run_script(RANKS, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
+    assert run.stdout.count("done") == RANKS and "OSError: in a fork" in run.stderr
 
 
 def test_ending_well_is_silent(launch_arguments):
-    run = check(run_script(5, script(), timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stderr == "" and run.stdout.count("done") == 5
+    run = check(run_script(RANKS, script(), timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
+    assert run.stderr == "" and run.stdout.count("done") == RANKS
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])
@@ -183,7 +185,7 @@ def test_an_exception_in_the_roots_loop_ends_the_job_with_its_traceback(transpor
 
 def test_a_rank_that_exits_before_the_reduction_is_named(launch_arguments):
     before = "if rank == 1: fault(0); sys.exit(0)"
-    run = run_script(5, script(before=before), timeout_s=LIMIT_S, launcher_args=launch_arguments)
+    run = run_script(RANKS, script(before=before), timeout_s=LIMIT_S, launcher_args=launch_arguments)
     check(run, "rank 1", "ended while")
     assert "done" not in run.stdout
 
@@ -235,7 +237,7 @@ time.sleep(4)
 
 
 def test_an_exit_that_waits_for_long_says_for_whom():
-    code = script(steps=5) + "if rank == 1: time.sleep(12)"
+    code = script(steps=5) + "from mpisync import ending\nending._ENDED_S = 1.0\nif rank == 1: time.sleep(3)"
     run = run_script(3, code, timeout_s=LIMIT_S)
     check(run, "rank 0 has ended; its exit waits for rank 1 (pid", fails=False)
 
