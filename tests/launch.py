@@ -26,7 +26,6 @@ from mpisync import launchers
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "MPITEST_RUN"
-SCRIPT = "MPITEST_SCRIPT"  # a user's script, for which tests/site/sitecustomize.py has a shorter start
 STACKS = signal.SIGRTMIN + 7  # tests/site/sitecustomize.py answers it
 # What a launcher left in our own environment would make a job inside believe that it is a rank.
 _NOT_INHERITED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYD", "_MPISYNC_", "PYTHONUNBUFFERED")
@@ -77,7 +76,7 @@ def launch_arguments(request):
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return an environment in which plain `mpirun -n 5 python script.py` works everywhere."""
+    """Return an environment in which plain `mpirun -n 5 python script.py` works everywhere; see tests/site too."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
     path = [str(ROOT / "tests/site"), str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
     return {**inherited, **_HARNESS, "PYTHONPATH": os.pathsep.join(path), **(extra or {})}
@@ -243,7 +242,7 @@ def start_script(
         script = folder / "script.py"
         script.write_text(code_or_path)
     command = [launcher()[0].path, *launcher_args, "-n", str(nprocs), sys.executable]
-    return Job([*command, str(script), *args], folder, env={SCRIPT: "1", **(env or {})}, stdin=stdin, cwd=cwd)
+    return Job([*command, str(script), *args], folder, env=env, stdin=stdin, cwd=cwd)
 
 
 def run_script(
