@@ -9,7 +9,6 @@ import time
 import pytest
 from launch import run_script, start_script
 
-RANKS = 3  # two workers and the root: one rank fails, and one waits that is not the root
 LIMIT_S = 30.0  # of a job; ENDS_S is what it may take after the fault
 ENDS_S = 10.0
 
@@ -65,6 +64,16 @@ def check(run, *said, fails=True):
     return run
 
 
+def ranks_of(launch_arguments):
+    """Two workers and the root; five under ULFM, where MPI_Abort by one of four ranks or more ends only that one."""
+    return 5 if launch_arguments else 3
+
+
+def run_all(launch_arguments, code, timeout_s=LIMIT_S):
+    """Run a script on `ranks_of` them."""
+    return run_script(ranks_of(launch_arguments), code, timeout_s=timeout_s, launcher_args=launch_arguments)
+
+
 # Where rank WHO fails, by ENDS, and what the others do meanwhile.
 AT = "if rank == {who}: fault(0); {end}"
 PLACES = {
@@ -103,7 +112,7 @@ def fault(why):
 )
 def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, end):
     code = PLACES[place](ENDS[end])
-    run = check(run_script(RANKS, code, timeout_s=2 * LIMIT_S, launcher_args=launch_arguments))
+    run = check(run_all(launch_arguments, code, timeout_s=2 * LIMIT_S))
     assert " fault " in run.stdout
     if end == "an exception":
         assert "OSError: on purpose" in run.stderr and run.stderr.count("Traceback") == 1
@@ -113,20 +122,20 @@ def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, 
 
 def test_two_ranks_that_fail_at_once_both_say_why(launch_arguments):
     code = script(before="comm.Barrier()\nif rank < 2: fault(0); raise OSError(f'on purpose by {rank}')")
-    run = check(run_script(RANKS, code, timeout_s=LIMIT_S, launcher_args=launch_arguments))
+    run = check(run_all(launch_arguments, code))
     assert 1 <= run.stderr.count("OSError: on purpose by") <= 2  # the first may end the job before the second speaks
 
 
 def test_an_error_at_import_on_one_rank_ends_the_job(launch_arguments):
     code = EARLY.replace("comm =", "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '1':\n"
                          "    import no_such_module\ncomm =") + "comm.Barrier()"
-    check(run_script(RANKS, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), "ModuleNotFoundError")
+    check(run_all(launch_arguments, code), "ModuleNotFoundError")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_the_job(launch_arguments, number):
     code = script(at_worker="say('count', count)", steps=10**6)
-    with start_script(RANKS, code, launcher_args=launch_arguments) as job:
+    with start_script(ranks_of(launch_arguments), code, launcher_args=launch_arguments) as job:
         job.wait_for("0 count 5\n")
         os.kill(job.process.pid, number)
         sent_s = time.monotonic()
@@ -147,13 +156,13 @@ comm.Barrier()
 time.sleep(1)
 say("done")
 """
-    run = check(run_script(RANKS, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stdout.count("done") == RANKS and "OSError: in a fork" in run.stderr
+    run = check(run_all(launch_arguments, code), fails=False)
+    assert run.stdout.count("done") == ranks_of(launch_arguments) and "OSError: in a fork" in run.stderr
 
 
 def test_ending_well_is_silent(launch_arguments):
-    run = check(run_script(RANKS, script(), timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stderr == "" and run.stdout.count("done") == RANKS
+    run = check(run_all(launch_arguments, script()), fails=False)
+    assert run.stderr == "" and run.stdout.count("done") == ranks_of(launch_arguments)
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])
@@ -185,7 +194,7 @@ def test_an_exception_in_the_roots_loop_ends_the_job_with_its_traceback(transpor
 
 def test_a_rank_that_exits_before_the_reduction_is_named(launch_arguments):
     before = "if rank == 1: fault(0); sys.exit(0)"
-    run = run_script(RANKS, script(before=before), timeout_s=LIMIT_S, launcher_args=launch_arguments)
+    run = run_all(launch_arguments, script(before=before))
     check(run, "rank 1", "ended while")
     assert "done" not in run.stdout
 

@@ -19,7 +19,8 @@ NPROCS = pytest.mark.parametrize("nprocs", [3, pytest.param(1, marks=pytest.mark
 PRINTED = re.compile(r"(\w+): bright half (-?[\d.]+), dark half (-?[\d.]+), (\d+)% bright on the left")
 
 
-@NPROCS
+@pytest.mark.long
+@pytest.mark.parametrize("nprocs", [3, 1])
 def test_the_gan_generates_what_the_data_look_like(nprocs):
     run = run_script(nprocs, ROOT / "docs" / "recipes" / "gan.py", timeout_s=150)
     assert run.returncode == 0, run.stderr
@@ -150,7 +151,8 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(nprocs, tm
         assert again.stdout.splitlines() == ["begins at 300 of 300", found.stdout.splitlines()[-1]]
 
 
-@NPROCS
+@pytest.mark.long
+@pytest.mark.parametrize("nprocs", [3, 1])
 def test_reinforce_learns_a_short_way(nprocs):
     run = run_script(nprocs, ROOT / "docs" / "recipes" / "reinforce.py", timeout_s=100)
     assert run.returncode == 0, run.stderr

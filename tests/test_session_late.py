@@ -428,7 +428,7 @@ def test_a_worker_that_is_stopped_for_ever_keeps_no_sample():
     assert run.stdout.count("done") == 3 and not run.timed_out and run.left == ()
 
 
-@pytest.mark.parallel(5)
+@pytest.mark.parallel(RANKS)
 def test_twenty_epochs_of_digits_with_a_worker_twenty_times_slower(comm):
     from sklearn.datasets import load_digits
 

@@ -234,7 +234,7 @@ def test_what_lacks_is_named(name, tmp_path):
 
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(launchers.placement() is not None, reason="it starts mpirun itself")
-@pytest.mark.parametrize("name", ["text", "mnist"])
+@pytest.mark.parametrize("name", [pytest.param("text", marks=pytest.mark.long), "mnist"])
 def test_the_script_trains_any_task_with_backup_workers(name, tmp_path):
     assert name in TASKS
     more = ["--data", str(an_mnist(tmp_path, count=200))] if name == "mnist" else []
