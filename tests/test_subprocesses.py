@@ -80,9 +80,9 @@ def test_what_leads_to_the_launcher_goes_and_what_tells_the_place_stays():
     [
         ("fork", "MPI first", True),
         ("spawn", "mpisync first", True),
-        ("forkserver", "MPI first", False),
+        ("forkserver", "MPI first", True),
         pytest.param("spawn", "MPI first", False, marks=pytest.mark.long),
-        pytest.param("forkserver", "mpisync first", True, marks=pytest.mark.long),
+        pytest.param("forkserver", "mpisync first", False, marks=pytest.mark.long),
     ],
 )
 def test_the_workers_of_a_loader_start_whatever_the_method(launch_arguments, method, first, persistent):
