@@ -84,6 +84,7 @@ PLACES = {
     "at a barrier": lambda end: script(steps=5) + AT.format(who=0, end=end) + "\ncomm.Barrier()",
     "in finalize": lambda end: script(steps=5) + AT.format(who=0, end="time.sleep(1); " + end),
 }
+KILLED = ("before the reduction", "in a worker", "in the root", "in finalize")
 ENDS = {
     "an exception": "raise OSError('on purpose')",
     "an interrupt": "raise KeyboardInterrupt",
@@ -105,8 +106,10 @@ def fault(why):
 @pytest.mark.parametrize(
     ("place", "end"),
     [
-        *((place, end) for place in PLACES for end in ("an exception", "an exit", "a bare exit")),
-        *((place, "a kill") for place in ("before the reduction", "in a worker", "in the root", "in finalize")),
+        *((place, end) for place in PLACES for end in ("an exception", "an exit")),
+        *((place, "a bare exit") for place in PLACES if place not in KILLED),
+        *(pytest.param(place, "a bare exit", marks=pytest.mark.long) for place in KILLED),  # as sudden as a kill
+        *((place, "a kill") for place in KILLED),
         ("in a worker", "an interrupt"),
     ],
 )
