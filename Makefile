@@ -39,7 +39,8 @@ $(STAMP): setup.py constraints.txt
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-# Longer proofs: ends of ranks under ULFM, loaders in jobs that fail, more than 2 GiB, ten thousand looks.
+# Longer proofs: ends of ranks under ULFM, loaders in jobs that fail, more than 2 GiB, ten thousand looks; Slurm,
+# TensorFlow, recipes in one process, tasks that take long to learn.
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(ARGS)
 

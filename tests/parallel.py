@@ -1,8 +1,8 @@
 """The pytest plugin for tests marked `@pytest.mark.parallel(nprocs)`.
 
-Plain `pytest` starts each module's tests of one process count together, in one `mpirun -n nprocs
-python -m pytest ...`, since every rank pays seconds for importing torch; each is reported alone.
-After a failure what is left of the group gets a new mpirun. Under `mpirun -n 4 pytest` tests run in
+Plain `pytest` runs the serial tests first and then, together, all those of one process count, in one
+`mpirun -n nprocs python -m pytest ...`, since every rank pays seconds for importing torch; each is
+reported alone. After a failure what is left of the group gets a new mpirun. Under `mpirun -n 4 pytest` tests run in
 that job: those of four processes, and, on its first ranks, those of fewer that use `comm`.
 
 mpi-pytest was tried and is not used: it imports mpi4py.MPI into the parent, so that serial tests
@@ -12,6 +12,7 @@ rank nor what it said, and under mpirun ends the session at the first test of an
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -94,9 +95,8 @@ class Parent(Common):
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        # Within a module those of one process count stand together, so that one mpirun serves them.
-        modules = {path: n for n, path in enumerate(dict.fromkeys(item.path for item in items))}
-        items.sort(key=lambda item: (modules[item.path], nprocs_of(item) or 0))
+        # Those of one process count stand together, so that one mpirun serves them.
+        items.sort(key=lambda item: nprocs_of(item) or 0)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
@@ -154,8 +154,7 @@ def _failed(item, phase, text, duration_s=0.0):
 def _like(item):
     """Return this test and those after it that can run in the same mpirun."""
     items = item.session.items
-    rest = items[items.index(item) :]
-    return [i for i in rest if i.path == item.path and nprocs_of(i) == nprocs_of(item)]
+    return [i for i in items[items.index(item) :] if nprocs_of(i) == nprocs_of(item)]
 
 
 class Broken(Exception):
@@ -163,7 +162,7 @@ class Broken(Exception):
 
 
 class Group:
-    """The tests of one module and process count, running in one mpirun."""
+    """Tests of one process count, running in one mpirun."""
 
     def __init__(self, config, items):
         self.config = config
@@ -332,6 +331,7 @@ class Child(Common):
 
     def pytest_unconfigure(self):
         self.file.close()
+        gc.freeze()  # Python's last look for garbage would take long over all that was imported
 
 
 # -- mpirun -n 4 pytest -----------------------------------------------------------------------

@@ -47,6 +47,7 @@ def test_it_needs_no_repository_and_starts_its_own_workers(tmp_path):
     check_document(lines[-1], workers=2)
 
 
+@pytest.mark.long
 def test_the_script_of_the_repository_is_the_same():
     run = run_script(3, ROOT / "benchmarks/collective.py", args=SHORT)
     assert run.returncode == 0 and not run.left, run.stderr

@@ -5,7 +5,6 @@ TensorFlow itself takes part in the last tests only, where there is an interpret
 """
 
 import doctest
-import functools
 import json
 import os
 import signal
@@ -362,32 +361,26 @@ def test_ctrl_c_ends_the_command_and_all_that_it_started(namesake, tmp_path):
 # -- TensorFlow itself ----------------------------------------------------------------------------
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def tensorflow():
-    """Return an interpreter that has TensorFlow, or None; one that is named must have it."""
+    """An interpreter that has TensorFlow, where there is one; one that is named must have it."""
     python = os.environ.get("TENSORFLOW_PYTHON") or str(ROOT / ".venv-tensorflow/bin/python")
-    if "TENSORFLOW_PYTHON" in os.environ or os.path.exists(python):
-        cluster.check_python(python)
-        return python
-    return None
+    if "TENSORFLOW_PYTHON" not in os.environ and not os.path.exists(python):
+        pytest.skip(f"TENSORFLOW_PYTHON names no interpreter, and there is no .venv-tensorflow with {cluster.PINNED}")
+    cluster.check_python(python)
+    return python
 
 
-needs_tensorflow = pytest.mark.skipif(
-    tensorflow() is None,
-    reason=f"TENSORFLOW_PYTHON names no interpreter, and there is no .venv-tensorflow with {cluster.PINNED}",
-)
-
-
-@needs_tensorflow
-def test_tensorflow_drops_in_silence_and_we_do_not(tmp_path):
-    run = command("--tensorflow", tensorflow(), *SHORT, cwd=tmp_path)
+@pytest.mark.long
+def test_tensorflow_drops_in_silence_and_we_do_not(tensorflow, tmp_path):
+    run = command("--tensorflow", tensorflow, *SHORT, cwd=tmp_path)
     assert run.returncode == 0 and not run.stderr, run.stderr
     found = check_document(json.loads(run.stdout.splitlines()[-1]))
     assert all(found["gradients"][f"TensorFlow, {case}"]["dropped"] > 0 for case in ("2 of 2", "1 of 2"))
 
 
-@needs_tensorflow
-def test_tensorflows_own_errors_are_shown():
+@pytest.mark.long
+def test_tensorflows_own_errors_are_shown(tensorflow):
     said = "(?s)worker . said .*KeyError: 'fetch'"
-    with cluster.Cluster(tensorflow(), 2) as two, pytest.raises(RuntimeError, match=said):
+    with cluster.Cluster(tensorflow, 2) as two, pytest.raises(RuntimeError, match=said):
         two.play(sleep_s=0.0, elements=1000, aggregate=2, updates=3)  # nothing is said about fetching

@@ -80,7 +80,7 @@ def test_memory_is_flat_over_many_steps(comm, monkeypatch, transport):
     assert max(comm.allgather(grown)) < 1 << 20, comm.allgather(sizes)
 
 
-@pytest.mark.parallel(5)
+@pytest.mark.parallel(6)
 def test_the_root_holds_two_gradients_by_messages_and_not_one_a_worker(comm, monkeypatch):
     monkeypatch.setenv("MPISYNC_TRANSPORT", "messages")
     size, seen = 8_000_000, []  # 32 MB

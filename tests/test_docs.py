@@ -112,12 +112,14 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+@pytest.mark.long
 def test_the_built_pages_have_every_public_name(site):
     inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     built = {line.split()[0] for line in inventory.splitlines()}
     assert {f"{module}.{name}" for module, name in PUBLIC} - built == set()
 
 
+@pytest.mark.long
 def test_the_built_pages_show_every_command_and_setting(site):
     page = (site / "commands.html").read_text()
     assert [command.NAME for command in COMMANDS if f"usage: mpisync {command.NAME} [-h]" not in page] == []
@@ -125,6 +127,7 @@ def test_the_built_pages_show_every_command_and_setting(site):
     assert [name for name in settings.SETTINGS if name not in page] == []
 
 
+@pytest.mark.long
 def test_the_built_pages_fetch_nothing(site):
     for page in site.rglob("*.html"):
         assert re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', page.read_text()) == []

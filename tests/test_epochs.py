@@ -14,13 +14,14 @@ from training import DATA, WORKERS, fails_everywhere, flat, loader, new_model, o
 import mpisync
 from mpisync.data.continued import ContinuedBatches
 
-TRANSPORTS = pytest.mark.parametrize("transport", ["shared", "messages"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["shared", "messages"], indirect=True)
 BATCHES = [DATA[8 * number : 8 * number + 8] for number in range(8)]
 
 
 @pytest.fixture
 def transport(request, monkeypatch):
     monkeypatch.setenv("MPISYNC_TRANSPORT", request.param)
+    return request.param
 
 
 def loss_of(model, x, y):
@@ -48,8 +49,7 @@ def validate(model):
 
 @pytest.mark.parallel(WORKERS + 1)
 @TRANSPORTS
-def test_epochs_with_validation_and_a_scheduler_equal_one_process(comm, monkeypatch, transport):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+def test_epochs_with_validation_and_a_scheduler_equal_one_process(comm, transport):
     model, own = new_model(), new_model()
     optimizer, others = sgd(model), sgd(own)
     scheduler, theirs = (torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (optimizer, others))
@@ -87,50 +87,37 @@ def test_what_the_optimizer_is_set_to_between_loops_holds(comm, kind):
     assert moved[0] > 5 * moved[1 + plateau] > 0, moved
 
 
-LATE = """
-import os, sys, time, torch, mpisync
-import torch.nn.functional as F
-from mpi4py import MPI
-comm = MPI.COMM_WORLD
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(400, 100), torch.nn.BatchNorm1d(100), torch.nn.Linear(100, 4))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-data = [(torch.randn(8, 400), torch.zeros(8, dtype=torch.long)) for _ in range(12)]
-with mpisync.Session(comm, model, optimizer, policy=mpisync.BackupWorkers(1), progress=False) as session:
-    for number in range({loops}):
-        count = 0
-        for x, y in session.batches(data, steps=8):
-            if session.worker == 0 and number == {late_in} and not count:
-                time.sleep({late_s})
-            time.sleep({step_s})
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            session.step(loss)
-            count += 1
-        sums = [float(t.double().sum()) for t in (*model.state_dict().values(),)]
-        print("loop", comm.rank, number, session.version, count, time.monotonic(), sums, flush=True)
-        {between}
-print("done", comm.rank, session.version, flush=True)
-"""
+def late_loops(comm, *, loops, late_in=None, late_s=0.0, step_s=0.0, between=lambda session, number: None):
+    """Train in loops, worker 0 late at the start of one; of each: (number, version, batches, seconds, sums)."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(400, 100), torch.nn.BatchNorm1d(100), torch.nn.Linear(100, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = [(torch.randn(8, 400), torch.zeros(8, dtype=torch.long)) for _ in range(12)]
+    told = []
+    with mpisync.Session(comm, model, optimizer, policy=mpisync.BackupWorkers(1), progress=False) as session:
+        for number in range(loops):
+            count = 0
+            for x, y in session.batches(data, steps=8):
+                if session.worker == 0 and number == late_in and not count:
+                    time.sleep(late_s)
+                time.sleep(step_s)
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                session.step(loss)
+                count += 1
+            sums = [float(t.double().sum()) for t in model.state_dict().values()]
+            told.append((number, session.version, count, time.monotonic(), sums))
+            between(session, number)
+    return told
 
 
-def loops_of(run, ends=0):
-    """By rank: (loop, version, batches, seconds, what the parameters are); `ends` is the exit code, if it matters."""
-    assert ends in (None, run.returncode), f"{run.stdout}\n{run.stderr}"
-    assert not run.timed_out and run.left == (), f"{run.stdout}\n{run.stderr}"
-    found = {}
-    for line in run.stdout.splitlines():
-        if line.startswith("loop "):
-            _, rank, number, version, count, at_s, sums = line.split(maxsplit=6)
-            found.setdefault(int(rank), []).append((int(number), int(version), int(count), float(at_s), sums))
-    return found
+LATE = pytest.mark.parallel(4)
 
 
+@LATE
 @TRANSPORTS
-def test_a_late_worker_leaves_a_loop_with_its_parameters_though_the_others_have_gone_on(transport):
-    code = LATE.format(loops=3, late_in=1, late_s=1.2, step_s=0.1, between="pass")
-    run = run_script(4, code, env={"MPISYNC_TRANSPORT": transport})
-    found = loops_of(run)
+def test_a_late_worker_leaves_a_loop_with_its_parameters_though_the_others_have_gone_on(comm, transport):
+    found = comm.allgather(late_loops(comm, loops=3, late_in=1, late_s=1.2, step_s=0.1))
     assert [each[:2] for each in found[3]] == [(0, 8), (1, 16), (2, 24)]
     ends = {number: (version, sums) for number, version, _, _, sums in found[3]}
     for rank in range(3):
@@ -140,33 +127,46 @@ def test_a_late_worker_leaves_a_loop_with_its_parameters_though_the_others_have_
     assert found[0][1][2] == 1 and found[0][2][2] >= 1, "and took part in that"
 
 
+@LATE
 @TRANSPORTS
-def test_a_late_worker_is_waited_for_by_collectives_only(transport):
+def test_a_late_worker_is_waited_for_by_collectives_only(comm, transport):
     """The root sits in a collective that the late worker is to come to, and answers nobody."""
-    code = LATE.format(loops=2, late_in=0, late_s=1.0, step_s=0.0, between="comm.Barrier()")
-    found = loops_of(run_script(4, code, env={"MPISYNC_TRANSPORT": transport}))
-    assert all([each[:2] for each in own] == [(0, 8), (1, 16)] for own in found.values())
-    assert len({str([each[4] for each in own]) for own in found.values()}) == 1
+    told = late_loops(comm, loops=2, late_in=0, late_s=1.0, between=lambda session, number: comm.Barrier())
+    found = comm.allgather(told)
+    assert all([each[:2] for each in own] == [(0, 8), (1, 16)] for own in found)
+    assert len({str([each[4] for each in own]) for own in found}) == 1
 
 
+@LATE
 @TRANSPORTS
-def test_who_is_several_loops_late_comes_to_the_end_all_the_same(transport):
+def test_who_is_several_loops_late_comes_to_the_end_all_the_same(comm, transport):
     # late in the second loop: in the first a rank may take its time to start
-    code = LATE.format(loops=6, late_in=1, late_s=1.5, step_s=0.0, between="pass")
-    found = loops_of(run_script(4, code, env={"MPISYNC_TRANSPORT": transport}))
+    found = comm.allgather(late_loops(comm, loops=6, late_in=1, late_s=1.5))
     assert [each[1] for each in found[1]] == [each[1] for each in found[3]] == [8, 16, 24, 32, 40, 48]
     versions = [each[1] for each in found[0]]
     assert len(versions) == 6 and versions == sorted(versions) and versions[-1] == 48
     assert found[3][5][3] < found[0][1][3], "nobody waited for it"
 
 
+DYING = f"""
+import os, sys, time
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from mpi4py import MPI
+from test_epochs import late_loops
+def between(session, number):
+    print("loop", MPI.COMM_WORLD.rank, number, session.version, flush=True)
+    os._exit(0) if session.worker == 0 and number == 0 else time.sleep(0.3)
+late_loops(MPI.COMM_WORLD, loops=3, between=between)
+"""
+
+
 @TRANSPORTS
 def test_a_worker_that_dies_between_loops_leaves_nobody_waiting(transport):
-    between = "os._exit(0) if session.worker == 0 and number == 0 else time.sleep(0.3)"
-    code = LATE.format(loops=3, late_in=9, late_s=0, step_s=0.0, between=between)
-    run = run_script(4, code, env={"MPISYNC_TRANSPORT": transport})
-    found = loops_of(run, ends=None)  # plain mpirun may end the job for it
-    assert [found[rank][0][:2] for rank in range(4)] == [(0, 8)] * 4
+    run = run_script(4, DYING, env={"MPISYNC_TRANSPORT": transport})
+    text = f"{run.stdout}\n{run.stderr}"
+    assert not run.timed_out and run.left == (), text  # plain mpirun may end the job for it
+    loops = [line.split() for line in run.stdout.splitlines() if line.startswith("loop ")]
+    assert sorted(loop[1:] for loop in loops if loop[2] == "0") == [[str(rank), "0", "8"] for rank in range(4)], text
 
 
 @pytest.mark.parallel(WORKERS + 1)
@@ -174,7 +174,6 @@ def test_a_worker_that_dies_between_loops_leaves_nobody_waiting(transport):
 @pytest.mark.parametrize("on_late", ["discard", "retry", "carry"])
 @pytest.mark.parametrize("policy", ["backup:1", "async:2", "deadline:0.01"])
 def test_every_sample_has_its_account_over_all_loops(comm, monkeypatch, transport, on_late, policy):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
     monkeypatch.setenv("MPISYNC_POLICY", policy)
     model, rng = new_model(), np.random.default_rng(comm.rank)
     accepted = 0
@@ -197,8 +196,7 @@ def test_every_sample_has_its_account_over_all_loops(comm, monkeypatch, transpor
 @pytest.mark.parametrize("how", ["in place", "by data"])
 @TRANSPORTS
 @pytest.mark.parallel(WORKERS + 1)
-def test_writes_between_loops_are_refused_unless_they_are_put_back(comm, monkeypatch, transport, where, how):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+def test_writes_between_loops_are_refused_unless_they_are_put_back(comm, transport, where, how):
     model = new_model()
 
     def write(factor):
@@ -268,8 +266,7 @@ def test_what_a_second_loop_cannot_have_is_refused(comm, first, second, says):
 
 @pytest.mark.parallel(WORKERS + 1)
 @TRANSPORTS
-def test_a_loop_that_was_left_by_break_is_that_loop_only(comm, monkeypatch, transport):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+def test_a_loop_that_was_left_by_break_is_that_loop_only(comm, transport):
     model, counts = new_model(), []
     with mpisync.Session(comm, model, sgd(model), policy=mpisync.BackupWorkers(0), progress=False) as session:
         for number in range(3):
@@ -299,8 +296,7 @@ def test_all_may_leave_a_loop_by_break(comm):
 
 @pytest.mark.parallel(WORKERS + 1)
 @TRANSPORTS
-def test_stop_ends_this_loop_and_all_that_follow(comm, monkeypatch, transport):
-    monkeypatch.setenv("MPISYNC_TRANSPORT", transport)
+def test_stop_ends_this_loop_and_all_that_follow(comm, transport):
     model, verdicts = new_model(), []
 
     def stop(session):

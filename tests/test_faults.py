@@ -64,6 +64,16 @@ def check(run, *said, fails=True):
     return run
 
 
+def ranks_of(launch_arguments):
+    """Two workers and the root; five under ULFM, where MPI_Abort by one of four ranks or more ends only that one."""
+    return 5 if launch_arguments else 3
+
+
+def run_all(launch_arguments, code, timeout_s=LIMIT_S):
+    """Run a script on `ranks_of` them."""
+    return run_script(ranks_of(launch_arguments), code, timeout_s=timeout_s, launcher_args=launch_arguments)
+
+
 # Where rank WHO fails, by ENDS, and what the others do meanwhile.
 AT = "if rank == {who}: fault(0); {end}"
 PLACES = {
@@ -74,6 +84,7 @@ PLACES = {
     "at a barrier": lambda end: script(steps=5) + AT.format(who=0, end=end) + "\ncomm.Barrier()",
     "in finalize": lambda end: script(steps=5) + AT.format(who=0, end="time.sleep(1); " + end),
 }
+KILLED = ("before the reduction", "in a worker", "in the root", "in finalize")
 ENDS = {
     "an exception": "raise OSError('on purpose')",
     "an interrupt": "raise KeyboardInterrupt",
@@ -95,14 +106,16 @@ def fault(why):
 @pytest.mark.parametrize(
     ("place", "end"),
     [
-        *((place, end) for place in PLACES for end in ("an exception", "an exit", "a bare exit")),
-        *((place, "a kill") for place in ("before the reduction", "in a worker", "in the root", "in finalize")),
+        *((place, end) for place in PLACES for end in ("an exception", "an exit")),
+        *((place, "a bare exit") for place in PLACES if place not in KILLED),
+        *(pytest.param(place, "a bare exit", marks=pytest.mark.long) for place in KILLED),  # as sudden as a kill
+        *((place, "a kill") for place in KILLED),
         ("in a worker", "an interrupt"),
     ],
 )
 def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, end):
     code = PLACES[place](ENDS[end])
-    run = check(run_script(5, code, timeout_s=2 * LIMIT_S, launcher_args=launch_arguments))
+    run = check(run_all(launch_arguments, code, timeout_s=2 * LIMIT_S))
     assert " fault " in run.stdout
     if end == "an exception":
         assert "OSError: on purpose" in run.stderr and run.stderr.count("Traceback") == 1
@@ -112,19 +125,20 @@ def test_however_and_wherever_a_rank_ends_the_job_does(launch_arguments, place, 
 
 def test_two_ranks_that_fail_at_once_both_say_why(launch_arguments):
     code = script(before="comm.Barrier()\nif rank < 2: fault(0); raise OSError(f'on purpose by {rank}')")
-    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments))
+    run = check(run_all(launch_arguments, code))
     assert 1 <= run.stderr.count("OSError: on purpose by") <= 2  # the first may end the job before the second speaks
 
 
 def test_an_error_at_import_on_one_rank_ends_the_job(launch_arguments):
     code = EARLY.replace("comm =", "if os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '1':\n"
                          "    import no_such_module\ncomm =") + "comm.Barrier()"
-    check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), "ModuleNotFoundError")
+    check(run_all(launch_arguments, code), "ModuleNotFoundError")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_the_job(launch_arguments, number):
-    with start_script(5, script(at_worker="say('count', count)", steps=10**6), launcher_args=launch_arguments) as job:
+    code = script(at_worker="say('count', count)", steps=10**6)
+    with start_script(ranks_of(launch_arguments), code, launcher_args=launch_arguments) as job:
         job.wait_for("0 count 5\n")
         os.kill(job.process.pid, number)
         sent_s = time.monotonic()
@@ -145,13 +159,13 @@ comm.Barrier()
 time.sleep(1)
 say("done")
 """
-    run = check(run_script(5, code, timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stdout.count("done") == 5 and "OSError: in a fork" in run.stderr
+    run = check(run_all(launch_arguments, code), fails=False)
+    assert run.stdout.count("done") == ranks_of(launch_arguments) and "OSError: in a fork" in run.stderr
 
 
 def test_ending_well_is_silent(launch_arguments):
-    run = check(run_script(5, script(), timeout_s=LIMIT_S, launcher_args=launch_arguments), fails=False)
-    assert run.stderr == "" and run.stdout.count("done") == 5
+    run = check(run_all(launch_arguments, script()), fails=False)
+    assert run.stderr == "" and run.stdout.count("done") == ranks_of(launch_arguments)
 
 
 @pytest.mark.parametrize("transport", ["shared", "messages"])
@@ -183,7 +197,7 @@ def test_an_exception_in_the_roots_loop_ends_the_job_with_its_traceback(transpor
 
 def test_a_rank_that_exits_before_the_reduction_is_named(launch_arguments):
     before = "if rank == 1: fault(0); sys.exit(0)"
-    run = run_script(5, script(before=before), timeout_s=LIMIT_S, launcher_args=launch_arguments)
+    run = run_all(launch_arguments, script(before=before))
     check(run, "rank 1", "ended while")
     assert "done" not in run.stdout
 
@@ -235,7 +249,7 @@ time.sleep(4)
 
 
 def test_an_exit_that_waits_for_long_says_for_whom():
-    code = script(steps=5) + "if rank == 1: time.sleep(12)"
+    code = script(steps=5) + "from mpisync import ending\nending._ENDED_S = 1.0\nif rank == 1: time.sleep(3)"
     run = run_script(3, code, timeout_s=LIMIT_S)
     check(run, "rank 0 has ended; its exit waits for rank 1 (pid", fails=False)
 

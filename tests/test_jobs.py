@@ -50,6 +50,7 @@ def test_the_tour_on_a_laptop(folder):
     assert output.splitlines()[-1] == f"records and the averaged model: runs/{record.name}"
 
 
+@pytest.mark.long
 def test_the_lines_of_the_pbs_file(folder, openmpi):
     (folder / "hosts").write_text("localhost\n" * 4)
     env = {"PBS_JOBID": "7.server", "PBS_O_WORKDIR": str(folder), "PBS_NODEFILE": str(folder / "hosts")}
@@ -57,6 +58,7 @@ def test_the_lines_of_the_pbs_file(folder, openmpi):
     tour.check(output, folder / "runs/7", policy="backup:2", workers=3)
 
 
+@pytest.mark.long
 def test_the_lines_of_the_apptainer_file(folder, openmpi):
     stand_in = folder / "bin/apptainer"
     stand_in.write_text('#!/bin/sh\ntest "$1 $2" = "exec mpisync.sif" && shift 2 && exec "$@"\n')

@@ -125,6 +125,30 @@ def test_each_test_has_its_own_outcome(bad):
     assert "4 passed" in bad and "1 skipped" in bad and "4 failed" in bad and "1 error" in bad, bad
 
 
+SHARES = """
+import os
+import pytest
+
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_passes(comm, rank):
+    with open(f"jobs.{comm.rank}", "a") as file:
+        print(os.environ["MPITEST_RUN"], file=file)
+    assert comm.rank != 1 or FAILS != rank
+"""
+
+
+@pytest.mark.parametrize(("fails", "jobs"), [(None, [0, 0, 0, 0]), (0, [0, 1, 1, 1])])
+def test_modules_share_a_job_until_a_test_fails(tmp_path, fails, jobs):
+    for name, own in (("a", fails), ("b", None)):
+        (tmp_path / f"test_{name}.py").write_text(f"FAILS = {own}\n{SHARES}")
+    output = pytest_in(tmp_path, [])
+    assert f"{4 - (fails is not None)} passed" in output, output
+    for rank in range(2):
+        found = (tmp_path / f"jobs.{rank}").read_text().split()
+        assert [list(dict.fromkeys(found)).index(job) for job in found] == jobs
+
+
 WORLD = """
 import pytest
 
@@ -188,6 +212,19 @@ def test_run_script_returns_what_the_job_returned():
     run = run_script(3, script, args=["word"])
     assert (run.returncode, run.timed_out, run.left) == (7, False, ())
     assert "word 3" in run.stdout and "err2" in run.stderr
+
+
+@pytest.mark.parametrize("compiler", ["", "import torch._dynamo"])
+def test_a_script_has_torchs_compiler_only_where_it_imports_it(compiler):
+    script = f"""
+import sys, torch
+{compiler}
+optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+optimizer.zero_grad()
+print("torch._dynamo" in sys.modules, hasattr(torch.optim.SGD.zero_grad.__wrapped__, "__dynamo_disable"))
+"""
+    run = run_script(1, script)
+    assert run.stdout.split() == 2 * [str(bool(compiler))], run.stderr
 
 
 def test_run_script_ends_what_hangs_and_shows_where():

@@ -387,7 +387,7 @@ def test_adaptives_own_decisions_are_shown_where_the_run_had_some(tmp_path):
     assert not played.is_own and [step.target for step in played.steps] == [step.target for step in steps]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (25, 2), (30, 500)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (25, 2), pytest.param((30, 500), marks=pytest.mark.long)])
 def test_plots_of_any_size(capsys, tmp_path, shape):
     path, plot = tmp_path / "times.csv", tmp_path / "plan.png"
     np.savetxt(path, np.random.default_rng(0).lognormal(0, 0.3, shape), delimiter=",")

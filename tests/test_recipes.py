@@ -14,9 +14,12 @@ from training import DATA, WORKERS, fails_everywhere, flat
 
 import mpisync
 
+# One process alone is tests/test_alone.py's; that each recipe runs so too is a longer proof.
+NPROCS = pytest.mark.parametrize("nprocs", [3, pytest.param(1, marks=pytest.mark.long)])
 PRINTED = re.compile(r"(\w+): bright half (-?[\d.]+), dark half (-?[\d.]+), (\d+)% bright on the left")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nprocs", [3, 1])
 def test_the_gan_generates_what_the_data_look_like(nprocs):
     run = run_script(nprocs, ROOT / "docs" / "recipes" / "gan.py", timeout_s=150)
@@ -103,7 +106,7 @@ def test_parts_that_take_turns_go_by_the_version(comm):
 EPOCH = re.compile(r"epoch (\d): version (\d+), accuracy ([\d.]+), rate ([\d.e-]+)")
 
 
-@pytest.mark.parametrize("nprocs", [3, 1])
+@NPROCS
 def test_epochs_validate_set_the_rate_and_save(nprocs, tmp_path):
     run = run_script(nprocs, ROOT / "docs" / "recipes" / "epochs.py", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -120,7 +123,7 @@ SLOWER = "        session.step(loss)\n        __import__('time').sleep(0.01)\n"
 
 
 @pytest.mark.timeout(240)  # seven starts of Python
-@pytest.mark.parametrize("nprocs", [3, 1])
+@NPROCS
 def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(nprocs, tmp_path):
     path = ROOT / "docs" / "recipes" / "resume.py"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -148,6 +151,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(nprocs, tm
         assert again.stdout.splitlines() == ["begins at 300 of 300", found.stdout.splitlines()[-1]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nprocs", [3, 1])
 def test_reinforce_learns_a_short_way(nprocs):
     run = run_script(nprocs, ROOT / "docs" / "recipes" / "reinforce.py", timeout_s=100)
@@ -179,7 +183,7 @@ def by_hand_in_one_process(parts):
     return float(sum(p.detach().norm() for p in model.parameters()))
 
 
-@pytest.mark.parametrize("nprocs", [3, 1])
+@NPROCS
 def test_what_is_set_by_hand_is_what_one_process_does(nprocs):
     run = run_script(nprocs, ROOT / "docs" / "recipes" / "by_hand.py")
     assert run.returncode == 0, run.stderr

@@ -19,6 +19,7 @@ from launch import ROOT, launcher
 from mpisync import launchers
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.timeout(240),
     pytest.mark.skipif(slurm.MISSING is not None, reason=str(slurm.MISSING)),
     pytest.mark.skipif(launchers.placement() is not None, reason="it starts MPI jobs itself"),

@@ -79,10 +79,10 @@ def test_what_leads_to_the_launcher_goes_and_what_tells_the_place_stays():
     ("method", "first", "persistent"),
     [
         ("fork", "MPI first", True),
-        ("spawn", "MPI first", False),
         ("spawn", "mpisync first", True),
         ("forkserver", "MPI first", True),
-        ("forkserver", "mpisync first", False),
+        pytest.param("spawn", "MPI first", False, marks=pytest.mark.long),
+        pytest.param("forkserver", "mpisync first", False, marks=pytest.mark.long),
     ],
 )
 def test_the_workers_of_a_loader_start_whatever_the_method(launch_arguments, method, first, persistent):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import ROOT
+from launch import ROOT, environment
 
 from mpisync import launchers
 from mpisync.tasks.images import CIFAR10, MNIST
@@ -36,7 +36,7 @@ def train(task, steps, batch_size=None):
 # -- learning --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["digits-mlp", "digits-cnn"])
+@pytest.mark.parametrize("name", ["digits-mlp", pytest.param("digits-cnn", marks=pytest.mark.long)])
 def test_digits_are_learned(name):
     task = make_task(name)
     before, after = train(task, 0), train(task, task.steps)
@@ -59,6 +59,7 @@ def entropy_of(samples):
     return float(-(shares * np.log2(shares)).sum())
 
 
+@pytest.mark.long
 def test_the_text_is_learned_beyond_the_frequency_of_its_bytes():
     task = make_task("text")
     lone = entropy_of(task._training)
@@ -145,11 +146,16 @@ def test_mnists_files_are_read_and_learned(packed, tmp_path):
     assert train(task, 30, batch_size=20)[task.metric] > 0.9
 
 
-def test_cifars_files_are_read_and_learned(tmp_path):
+def test_cifars_files_are_read(tmp_path):
     task = CIFAR10(a_cifar10(tmp_path))
     images, labels = next(iter(task.loader(batch_size=150)))
     assert images.shape == (150, 3, 32, 32)
     assert all(image[label % 3, 3 * label].eq(255).all() for image, label in zip(images, labels, strict=True))
+
+
+@pytest.mark.long
+def test_cifar_is_learned(tmp_path):
+    task = CIFAR10(a_cifar10(tmp_path))
     assert train(task, 60, batch_size=50)[task.metric] > 0.9
 
 
@@ -228,14 +234,14 @@ def test_what_lacks_is_named(name, tmp_path):
 
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(launchers.placement() is not None, reason="it starts mpirun itself")
-@pytest.mark.parametrize("name", ["text", "mnist"])
+@pytest.mark.parametrize("name", [pytest.param("text", marks=pytest.mark.long), "mnist"])
 def test_the_script_trains_any_task_with_backup_workers(name, tmp_path):
     assert name in TASKS
     more = ["--data", str(an_mnist(tmp_path, count=200))] if name == "mnist" else []
     run = subprocess.run(
         [sys.executable, "-m", "mpisync", "run", "-n", "4", str(ROOT / "mpisync/commands/task.py"), name,
          "--steps", "6", "--on-late", "requeue", "--every", "2", *more],
-        capture_output=True, text=True, timeout=110,
+        env=environment(), capture_output=True, text=True, timeout=110,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     metric = {"text": "bits per byte", "mnist": "test accuracy"}[name]
