@@ -40,9 +40,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
 # Longer proofs: ends of ranks under ULFM, loaders in jobs that fail, more than 2 GiB, ten thousand looks; Slurm,
-# TensorFlow, recipes in one process, tasks that take long to learn.
+# TensorFlow, recipes in one process, tasks that take long to learn; then sessions whose model is on a stand-in for a card.
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(ARGS)
+	MPITEST_DEVICE=stand-in $(BIN)/python -m pytest -m "parallel and not long" tests/test_session.py \
+		tests/test_session_updates.py tests/test_session_loops.py tests/test_epochs.py $(ARGS)
 
 # The recipes with other packages (docs/recipes.rst), in an environment of their own (2 GB), for Python >= 3.11.
 test-recipes: recipes
