@@ -135,6 +135,7 @@ def bits(array):
     return str(zlib.crc32(array.tobytes()))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * LIMIT_S + 20)
 def test_training_gives_the_same_bits():
     checked, optimized = trained(), trained(PYTHONOPTIMIZE="1")

@@ -351,7 +351,7 @@ def test_too_little_to_ask_of_other_numbers(capsys, tmp_path):
     assert "20 steps of 2 workers at least are needed to say what 100 workers would do" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("ending", ["svg", pytest.param("png", marks=pytest.mark.long)])
 def test_plots_are_drawn_and_are_the_same_again(capsys, tmp_path, trace, ending):
     paths = [tmp_path / f"{name}.{ending}" for name in "ab"]
     for path in paths:
