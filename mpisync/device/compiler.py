@@ -6,11 +6,13 @@ subnormal numbers for 0, and all of float16's subnormal numbers become 0 when th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from mpisync.device.kernel import NAMES, OPTIONS, SOURCE
 
 
+@functools.cache  # it takes a second or two, and each session asks
 def compiled(nvrtc: Any, generation: int) -> tuple[bytes, dict[str, str]]:
     """Compile the kernels, for which no card is needed.
 
