@@ -48,26 +48,27 @@ class CudaMemory(Memory):
         self.index, self.name = index, f"cuda:{index}"
         if not 0 <= index < (cards := self._cupy.cuda.runtime.getDeviceCount()):
             raise ValueError(f"there is no {self.name}: this process sees {cards} cards, numbered from 0")
+        try:
+            self._prepare()
+        except Exception as error:  # of many kinds: torch's, CuPy's, and of what loads libraries for it
+            raise ValueError(f"{self.name} cannot be used: {error}") from error
+
+    def _prepare(self) -> None:
+        """Get the kernels ready to be launched."""
         import torch
 
-        properties = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(self.index)
         # not CuPy's "uuid", which ends where a byte of it is 0; torch 2.4 has none
-        self.uuid = str(getattr(properties, "uuid", "")) or self._cupy.cuda.runtime.deviceGetPCIBusId(index)
-        self._functions = self._load(10 * properties.major + properties.minor)
-        self.reducer: DeviceReducer = DeviceReducer(Kernels(self._launch, properties.multi_processor_count), self)
-
-    def _load(self, generation: int) -> dict[str, Any]:
-        """Return the kernels, ready to be launched."""
+        self.uuid = str(getattr(properties, "uuid", "")) or self._cupy.cuda.runtime.deviceGetPCIBusId(self.index)
         try:
-            code, symbols = compiled(self._cupy.cuda.nvrtc, generation)
-            with self._stream():
-                module = self._cupy.cuda.function.Module()
-                module.load(code)
-                return {name: module.get_function(symbol) for name, symbol in symbols.items()}
-        except Exception as error:  # NVRTC is missing, or the driver is older than its code
-            raise ValueError(
-                f"CuPy cannot compile for {self.name}: {error}; pip install 'mpisync[cuda{_cuda()}]'"
-            ) from error
+            code, symbols = compiled(self._cupy.cuda.nvrtc, 10 * properties.major + properties.minor)
+        except Exception as error:
+            raise ValueError(f"CuPy cannot compile ({error}); pip install 'mpisync[cuda{_cuda()}]'") from error
+        with self._stream():
+            module = self._cupy.cuda.function.Module()
+            module.load(code)
+            self._functions = {name: module.get_function(symbol) for name, symbol in symbols.items()}
+        self.reducer: DeviceReducer = DeviceReducer(Kernels(self._launch, properties.multi_processor_count), self)
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[int]:
@@ -199,9 +200,9 @@ class CudaBlock:
 
     is_file = False
 
-    def __init__(self, memory: CudaMemory, pointer: int, size_bytes: int, give_back: Any) -> None:  # noqa: ANN401 (CuPy's)
+    def __init__(self, memory: CudaMemory, pointer: int, size_bytes: int, give_back: Any) -> None:
         cupy = _cupy()
-        owner = _Owner(pointer, give_back, memory.index)
+        owner = _Owner(memory, pointer, give_back)
         whole = cupy.cuda.UnownedMemory(pointer, size_bytes + _NONCE_BYTES, owner, memory.index)
         flat = cupy.ndarray(size_bytes + _NONCE_BYTES, np.uint8, cupy.cuda.MemoryPointer(whole, 0))
         self.nonce, self.bytes = flat[:_NONCE_BYTES], flat[_NONCE_BYTES:]
@@ -222,12 +223,12 @@ class CudaBlock:
 class _Owner:
     """What keeps a block, and gives it back when the last array has let go."""
 
-    def __init__(self, pointer: int, give_back: Any, index: int) -> None:  # noqa: ANN401 (CuPy's)
-        self._pointer, self._give_back, self._index, self._pid = pointer, give_back, index, os.getpid()
+    def __init__(self, memory: CudaMemory, pointer: int, give_back: Any) -> None:
+        self._memory, self._pointer, self._give_back, self._pid = memory, pointer, give_back, os.getpid()
 
     def __del__(self) -> None:
         if os.getpid() == self._pid:
-            with contextlib.suppress(Exception), _cupy().cuda.Device(self._index):  # at exit CUDA may be gone
+            with contextlib.suppress(Exception), self._memory._stream():  # at exit CUDA may be gone
                 self._give_back(self._pointer)
 
 
@@ -241,7 +242,7 @@ class _Torchs:
         return 0, self._handle  # the protocol's version
 
 
-def _in_cupy(cupy: Any, stream: Any) -> Any:  # noqa: ANN401 (CuPy's and torch's)
+def _in_cupy(cupy: Any, stream: Any) -> Any:
     """Return torch's stream as one of CuPy's, for the current card."""
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(_Torchs(stream.cuda_stream))
@@ -256,7 +257,7 @@ def _cuda() -> str:
 
 
 @functools.cache
-def _cupy() -> Any:  # noqa: ANN401 (a module without types)
+def _cupy() -> Any:
     """Return CuPy.
 
     Raises:
