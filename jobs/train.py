@@ -32,20 +32,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="updates of the parameters")
     parser.add_argument("--backup", type=int, default=1, help="workers a step may do without")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: a card a rank")
     parser.add_argument("--out", type=Path, help="a new directory for the record and the model")
     options = parser.parse_args()
 
     comm = MPI.COMM_WORLD
+    device = torch.device("cpu")
+    if options.device == "cuda":
+        # The root comes after the workers of its node, so it shares the first card with one of them.
+        local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).rank
+        device = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
     digits = load_digits()
-    images = torch.tensor(digits.data, dtype=torch.float32) / 16  # 1797 × 64
-    labels = torch.tensor(digits.target)
+    images = torch.tensor(digits.data, dtype=torch.float32, device=device) / 16  # 1797 × 64
+    labels = torch.tensor(digits.target, device=device)
     loader = DataLoader(
         TensorDataset(images[:TRAINING], labels[:TRAINING]), batch_size=32, shuffle=True
     )
     test = images[TRAINING:], labels[TRAINING:]
 
     # Initial values need no common seed: the root's hold for all.
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1.0, end_factor=0.05, total_iters=options.steps

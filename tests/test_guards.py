@@ -133,13 +133,17 @@ def test_meta_parameters_and_buffers_are_refused():
     assert "buffer 'running_var' is on the meta device" in refused(buffers)
 
 
-def test_parameters_on_a_gpu_are_refused_by_device():
+def test_devices_without_a_memory_and_models_on_two_are_refused():
     model = nn.Module()
-    with FakeTensorMode():  # a GPU's tensor without a GPU
-        model.weight = nn.Parameter(torch.empty(2, device="cuda"))
-    assert "parameter 'weight' is on cuda:0: this version keeps" in refused(
+    with FakeTensorMode():  # a device's tensor without a device
+        model.weight = nn.Parameter(torch.empty(2, device="mps"))
+    assert "parameter 'weight' is on mps:0: models train on the CPU or on a CUDA card" in refused(
         model, sgd(nn.Linear(1, 1))
     )
+    model = nn.Linear(2, 2)
+    with FakeTensorMode():
+        model.bias = nn.Parameter(torch.empty(2, device="cuda"))
+    assert "parameter 'bias' is on cuda:0 and others of the model are on cpu" in refused(model, sgd(nn.Linear(1, 1)))
 
 
 def test_tensor_subclasses_are_refused_by_type_and_parameter_subclasses_are_not():

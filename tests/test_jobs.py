@@ -68,6 +68,13 @@ def test_the_lines_of_the_apptainer_file(folder, openmpi):
     tour.check(output, folder / "runs/7", policy="backup:1", workers=2)
 
 
+def test_the_lines_of_the_file_for_cards(folder, openmpi):
+    """On a CPU: of the script's own words the last --device counts."""
+    env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3", "SLURM_CPUS_PER_TASK": "1"}
+    output = run(folder, "bash", "jobs/gpu.sbatch", "--device", "cpu", env=env)
+    tour.check(output, folder / "runs/7", policy="backup:1", workers=2)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_head_says_what_runs_on_what_and_for_how_long(name):
     head = (ROOT / "jobs" / name).read_text().partition("set -euo pipefail")[0]

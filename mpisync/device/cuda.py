@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mpisync.device.base import ALIGNMENT, Array, Memory, aligned
-from mpisync.device.kernel import NAMES, OPTIONS, SOURCE, Kernels
+from mpisync.device.compiler import compiled
+from mpisync.device.kernel import Kernels
 from mpisync.device.reducer import DeviceReducer
 
 _NONCE_BYTES = ALIGNMENT  # a random prefix: whoever attaches proves that it reached the right memory
@@ -47,23 +48,40 @@ class CudaMemory(Memory):
         self.index, self.name = index, f"cuda:{index}"
         if not 0 <= index < (cards := self._cupy.cuda.runtime.getDeviceCount()):
             raise ValueError(f"there is no {self.name}: this process sees {cards} cards, numbered from 0")
+        try:
+            self._prepare()
+        except Exception as error:  # of many kinds: torch's, CuPy's, and of what loads libraries for it
+            raise ValueError(f"{self.name} cannot be used: {error}") from error
+
+    def _prepare(self) -> None:
+        """Get the kernels ready to be launched."""
+        import torch
+
+        properties = torch.cuda.get_device_properties(self.index)
+        # not CuPy's "uuid", which ends where a byte of it is 0; torch 2.4 has none
+        self.uuid = str(getattr(properties, "uuid", "")) or self._cupy.cuda.runtime.deviceGetPCIBusId(self.index)
+        try:
+            code, symbols = compiled(self._cupy.cuda.nvrtc, 10 * properties.major + properties.minor)
+        except Exception as error:
+            raise ValueError(f"CuPy cannot compile ({error}); pip install 'mpisync[cuda{_cuda()}]'") from error
         with self._stream():
-            properties = self._cupy.cuda.runtime.getDeviceProperties(index)
-            self.uuid = bytes(properties["uuid"]).hex()
-            module = self._cupy.RawModule(code=SOURCE.read_text(), options=OPTIONS, name_expressions=NAMES)
-            self._functions = {name: module.get_function(name) for name in NAMES}
-            self.reducer: DeviceReducer = DeviceReducer(
-                Kernels(self._launch, properties["multiProcessorCount"]), self
-            )
+            module = self._cupy.cuda.function.Module()
+            module.load(code)
+            self._functions = {name: module.get_function(symbol) for name, symbol in symbols.items()}
+        self.reducer: DeviceReducer = DeviceReducer(Kernels(self._launch, properties.multi_processor_count), self)
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[int]:
         """Have CuPy work on this card, in torch's stream, whose handle this yields."""
         import torch
 
-        handle = torch.cuda.current_stream(self.index).cuda_stream
-        with self._cupy.cuda.Device(self.index), self._cupy.cuda.ExternalStream(handle, self.index):
-            yield handle
+        stream = torch.cuda.current_stream(self.index)
+        # torch's guard and not CuPy's, which would go back to the card before even if this process has nothing there:
+        # that would make a context on it, of some hundred MB
+        with torch.cuda.device(self.index):
+            self._cupy.cuda.runtime.setDevice(self.index)  # CuPy has a CUDA runtime of its own
+            with _in_cupy(self._cupy, stream):
+                yield stream.cuda_stream
 
     def _launch(self, name: str, blocks: int, threads: int, argument: ctypes.Structure) -> None:
         by_value = np.frombuffer(bytes(argument), np.dtype(type(argument)))
@@ -95,11 +113,15 @@ class CudaMemory(Memory):
                 pointer = runtime.malloc(whole)
                 block = CudaBlock(self, pointer, size_bytes, runtime.free)
                 runtime.memsetAsync(pointer, 0, whole, stream)
-                handle = runtime.ipcGetMemHandle(pointer)
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+        except runtime.CUDARuntimeError as error:
             raise OSError(errno.ENOMEM, f"{self._missing(whole)} ({error})") from error
-        self.copy(np.frombuffer(nonce, np.uint8), block.nonce)
-        self.finish()
+        try:
+            with self._stream():
+                handle = runtime.ipcGetMemHandle(pointer)
+            self.copy(np.frombuffer(nonce, np.uint8), block.nonce)
+            self.finish()
+        except runtime.CUDARuntimeError as error:  # parts of cards (MIG) and some containers have none
+            raise OSError(errno.ENOTSUP, f"{self.name} shares no memory by CUDA IPC: {error}") from error
         block.address = f"{self.uuid}?{bytes(handle).hex()}?{nonce.hex()}?{size_bytes}"
         return block
 
@@ -110,12 +132,13 @@ class CudaMemory(Memory):
         try:
             with self._stream():
                 pointer = runtime.ipcOpenMemHandle(bytes.fromhex(handle), _PEERS)
+            block = CudaBlock(self, pointer, int(size), runtime.ipcCloseMemHandle)
+            found = self.to_host(block.nonce).tobytes()
         except runtime.CUDARuntimeError as error:
             where = "" if uuid == self.uuid else f", which {self.name} does not reach"
             raise OSError(errno.EACCES, f"memory of the root's card{where} cannot be opened: {error}") from error
-        block = CudaBlock(self, pointer, int(size), runtime.ipcCloseMemHandle)
         block.address = address
-        if self.to_host(block.nonce).tobytes() != bytes.fromhex(nonce):
+        if found != bytes.fromhex(nonce):
             raise OSError(errno.ESTALE, f"{self.name} does not read what the root has written to its card")
         return block
 
@@ -177,9 +200,9 @@ class CudaBlock:
 
     is_file = False
 
-    def __init__(self, memory: CudaMemory, pointer: int, size_bytes: int, give_back: Any) -> None:  # noqa: ANN401 (CuPy's)
+    def __init__(self, memory: CudaMemory, pointer: int, size_bytes: int, give_back: Any) -> None:
         cupy = _cupy()
-        owner = _Owner(pointer, give_back, memory.index)
+        owner = _Owner(memory, pointer, give_back)
         whole = cupy.cuda.UnownedMemory(pointer, size_bytes + _NONCE_BYTES, owner, memory.index)
         flat = cupy.ndarray(size_bytes + _NONCE_BYTES, np.uint8, cupy.cuda.MemoryPointer(whole, 0))
         self.nonce, self.bytes = flat[:_NONCE_BYTES], flat[_NONCE_BYTES:]
@@ -200,26 +223,47 @@ class CudaBlock:
 class _Owner:
     """What keeps a block, and gives it back when the last array has let go."""
 
-    def __init__(self, pointer: int, give_back: Any, index: int) -> None:  # noqa: ANN401 (CuPy's)
-        self._pointer, self._give_back, self._index, self._pid = pointer, give_back, index, os.getpid()
+    def __init__(self, memory: CudaMemory, pointer: int, give_back: Any) -> None:
+        self._memory, self._pointer, self._give_back, self._pid = memory, pointer, give_back, os.getpid()
 
     def __del__(self) -> None:
         if os.getpid() == self._pid:
-            with contextlib.suppress(Exception), _cupy().cuda.Device(self._index):  # at exit CUDA may be gone
+            with contextlib.suppress(Exception), self._memory._stream():  # at exit CUDA may be gone
                 self._give_back(self._pointer)
 
 
+class _Torchs:
+    """A stream of torch's, as CuPy asks for it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle  # the protocol's version
+
+
+def _in_cupy(cupy: Any, stream: Any) -> Any:
+    """Return torch's stream as one of CuPy's, for the current card."""
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Torchs(stream.cuda_stream))
+    return cupy.cuda.ExternalStream(stream.cuda_stream)  # until CuPy 14, where it warns
+
+
+def _cuda() -> str:
+    """Return the CUDA that torch was built with, "13"; "" where it was built without."""
+    import torch
+
+    return str(torch.version.cuda or "").partition(".")[0]
+
+
 @functools.cache
-def _cupy() -> Any:  # noqa: ANN401 (a module without types)
+def _cupy() -> Any:
     """Return CuPy.
 
     Raises:
         ValueError: It is missing, of another CUDA than torch, or finds no card.
     """
-    import torch
-
-    wanted = str(torch.version.cuda or "").partition(".")[0]
-    if not wanted:
+    if not (wanted := _cuda()):
         raise ValueError("a model on a card needs a torch that was built with CUDA, and this one was not")
     try:
         import cupy
