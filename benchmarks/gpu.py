@@ -92,7 +92,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("which", nargs="?", choices=["all", "checks", "measures"], default="all")
     parser.add_argument("--only", help="the names of some steps, with commas")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for all of them; later ones are skipped")
-    parser.add_argument("--out", help="write everything to this file, as JSON")
+    parser.add_argument("--out", help="a JSON file for all results; it keeps those of steps not tried now")
     parser.add_argument("--stand-in", action="store_true", help="try this script on a stand-in for a card")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -184,6 +184,15 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def keep(path: Path, outcomes: list[Outcome], *, stand_in: bool) -> None:
+    """Write what was found to a file; of a run before, it keeps the steps that were not tried now."""
+    before = json.loads(path.read_text())["steps"] if path.exists() else []
+    names, now = {one.name for one in outcomes}, [vars(one) for one in outcomes[1:]]
+    steps = [*(one for one in before if one["name"] not in names), *now]
+    result = {"benchmark": "gpu", "stand_in": stand_in, "machine": outcomes[0].figures, "steps": steps}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def chosen(asked: argparse.Namespace) -> dict[str, Step]:
     """Return the steps that are asked for, the facts first."""
     if asked.only:
@@ -214,10 +223,8 @@ def main() -> int:
             return 2
         outcomes.append(outcome)
         print(json.dumps(vars(outcome)), flush=True)
-    if asked.out:
-        result = {"benchmark": "gpu", "stand_in": asked.stand_in, "seconds": round(time.monotonic() - began_s, 1)}
-        result |= {"machine": outcomes[0].figures, "steps": [vars(outcome) for outcome in outcomes[1:]]}
-        Path(asked.out).write_text(json.dumps(result, indent=1) + "\n")
+        if asked.out:  # at once: a machine that is lent may be taken back
+            keep(Path(asked.out), outcomes, stand_in=asked.stand_in)
     print(table(outcomes))
     missing = [one.name for one in outcomes if one.outcome == "failed" or steps[one.name].is_check and one.reason]
     print(f"not right, or not tried: {', '.join(missing)}" if missing else "every check was made, and is right")

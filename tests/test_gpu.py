@@ -62,6 +62,9 @@ def test_a_step_that_fails_in_any_way_stops_none_of_the_others(tmp_path):
     assert said.splitlines()[-1] == "not right, or not tried: wrong, hanging, killed, skipped"
     kept = json.loads(path.read_text())
     assert kept["machine"]["card"] and kept["steps"] == [one for one in outcomes.values() if one["name"] != "facts"]
+    assert run("--stand-in", "--only", "right", "--out", str(path))[0] == 0
+    names = [one["name"] for one in json.loads(path.read_text())["steps"]]
+    assert names == [*(name for name in gpu.FOR_TESTS if name != "right"), "right"], "what was not tried again stays"
 
 
 def test_what_is_not_tried_is_not_right(monkeypatch, capfd):
@@ -94,14 +97,14 @@ def test_a_bit_that_differs_is_found(monkeypatch):
 
 @pytest.mark.parametrize("names", ["bits,ipc", pytest.param(",".join(CHECKS), marks=pytest.mark.long)])
 def test_the_steps_pass_on_a_stand_in(names):
-    code, outcomes, said = run("--stand-in", "--only", names)
+    code, outcomes, said = run("--stand-in", "--only", names, "--limit", "200")
     assert code == 0, said
     assert {one["outcome"] for one in outcomes.values()} == {"ok"}
 
 
 @pytest.mark.long
 def test_the_measures_run_on_a_stand_in():
-    _, outcomes, said = run("--stand-in", "measures")
+    _, outcomes, said = run("measures", "--stand-in", "--limit", "200")
     assert {name for name, one in outcomes.items() if one["outcome"] != "ok"} == {"mps"}, said
 
 
@@ -110,7 +113,7 @@ def test_the_targets_take_a_python_that_is_named():
         return subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
 
     assert commands("gpu-test", "gpu-bench", "PYTHON=python9", "ARGS=--x").splitlines() == [
-        "python9 benchmarks/gpu.py checks --limit 120 --x",
-        "python9 benchmarks/gpu.py measures --limit 120 --x",
+        "python9 benchmarks/gpu.py checks --limit 150 --x",
+        "python9 benchmarks/gpu.py measures --limit 90 --x",
     ]
     assert commands("gpu-test").splitlines()[-1].startswith(".venv/bin/python benchmarks/gpu.py checks")

@@ -94,6 +94,7 @@ def _cupy() -> dict[str, Any]:
     except ImportError as error:
         return {"missing": str(error)}
     runtime = cupy.cuda.runtime
+    read_only = runtime.cudaDevAttrHostRegisterReadOnlySupported
     answers = {"version": cupy.__version__}
     for name, ask in (
         ("runtime", runtime.runtimeGetVersion),
@@ -101,7 +102,7 @@ def _cupy() -> dict[str, Any]:
         ("nvrtc", cupy.cuda.nvrtc.getVersion),
         ("architectures", cupy.cuda.nvrtc.getSupportedArchs),
         ("compute_mode", lambda: runtime.getDeviceProperties(0)["computeMode"]),
-        ("registers_read_only", lambda: runtime.deviceGetAttribute(113, 0)),  # cudaDevAttrHostRegisterReadOnlySupported
+        ("registers_read_only", lambda: runtime.deviceGetAttribute(read_only, 0)),
     ):
         try:
             answers[name] = ask()
