@@ -61,7 +61,10 @@ SETTINGS: dict[str, Setting] = {
             "MPISYNC_TRANSPORT", str, "auto", "how gradients travel; auto: by the first transport that reaches a worker"
         ),
         Setting(
-            "MPISYNC_DEVICE", device, "auto", "where the root reduces: cpu, cuda:0, or auto: where its model is"
+            "MPISYNC_DEVICE",
+            device,
+            "auto",
+            "where the root reduces: cpu, cuda:0, or auto: where its model, or `like`, is",
         ),
         Setting(
             "MPISYNC_START_TIMEOUT_S", seconds, 300.0, "how long ranks wait for each other at the start"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import host_kernel
 import numpy as np
+import torch
+from torch.utils.dlpack import from_dlpack
 
 from mpisync.device import kernel
 from mpisync.device.base import Memory
@@ -28,11 +30,14 @@ _ITEMSIZES = {
 }  # fmt: skip
 
 
-class StandInArray:
-    """An array on the stand-in: flat, contiguous."""
+HOST, CUDA = (1, 0), (2, 0)  # devices, as DLPack has them
 
-    def __init__(self, array):
-        self._array = array
+
+class StandInArray:
+    """An array on the stand-in; it says to be on `device`, where sessions' views are tensors only as the host's."""
+
+    def __init__(self, array, device=HOST):
+        self._array, self._device = array, device
 
     size = property(lambda self: self._array.size)
     nbytes = property(lambda self: self._array.nbytes)
@@ -44,20 +49,35 @@ class StandInArray:
 
     def __getitem__(self, part):
         assert isinstance(part, slice) and part.step is None, "only runs of elements"
-        return StandInArray(self._array[part])
+        return StandInArray(self._array[part], self._device)
 
     def view(self, dtype):
-        return StandInArray(self._array.view(dtype))
+        return StandInArray(self._array.view(dtype), self._device)
+
+    def reshape(self, shape):
+        return StandInArray(self._array.reshape(shape), self._device)
 
     def __dlpack__(self, **more):
         more = {name: value for name, value in more.items() if name != "dl_device"}
         return self._array.__dlpack__(**more)
 
     def __dlpack_device__(self):
-        return self._array.__dlpack_device__()
+        return self._device
 
     def __array__(self, *_, **__):
         raise TypeError("this array is on a device: use Memory.to_host")
+
+
+class StandInTensor(torch.Tensor):
+    """A tensor on the stand-in, which says to be on a card."""
+
+    def __dlpack_device__(self):
+        return CUDA
+
+
+def tensor(thing):
+    """Return an array of the stand-in's as a tensor there, as torch.from_dlpack does on a card."""
+    return from_dlpack(thing.__dlpack__()).as_subclass(StandInTensor)
 
 
 class StandInBlock:
@@ -67,7 +87,7 @@ class StandInBlock:
 
     def __init__(self, shared, memory):
         self._shared, self._memory = shared, memory
-        self.address, self.bytes = "stand-in:" + shared.address, StandInArray(shared.bytes)
+        self.address, self.bytes = "stand-in:" + shared.address, StandInArray(shared.bytes, memory.device)
         memory.counts["open"] += 1
 
     def protect(self, start):
@@ -95,7 +115,8 @@ class StandIn(Memory):
     is_host = folds_early = False
     is_owned_by_root = True
 
-    def __init__(self):
+    def __init__(self, device=HOST):
+        self.device = device  # which its arrays say to be on
         self.counts = Counter()
         self.is_busy = False
         self._launcher = launcher()
@@ -119,7 +140,7 @@ class StandIn(Memory):
         self._launcher(name, blocks, threads, argument)
 
     def allocate(self, size_bytes):
-        return StandInArray(aligned_bytes(size_bytes))
+        return StandInArray(aligned_bytes(size_bytes), self.device)
 
     def share(self, size_bytes, *, as_file=False):
         return StandInBlock(SharedMemory.create(size_bytes), self)
@@ -149,6 +170,10 @@ class StandIn(Memory):
         self.finish()
         self.counts["out"] += array.nbytes
         return array._array.copy()
+
+    def imported(self, thing):
+        plain = thing.as_subclass(torch.Tensor) if isinstance(thing, torch.Tensor) else thing
+        return StandInArray(np.from_dlpack(plain), self.device)
 
     def address(self, array):
         return bytes_of(array).ctypes.data

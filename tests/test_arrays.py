@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpisync import BackupWorkers, PartialReduce, PeerFailed
+from mpisync import Async, BackupWorkers, PartialReduce, PeerFailed
 from mpisync.session.arrays import ArrayForm
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -161,6 +161,22 @@ def test_a_square_transposed_in_place_is_published_transposed(comm, transport):
             assert (theta == [[1.0, 3.0], [2.0, 4.0]]).all()
 
 
+@pytest.mark.parallel(3)
+def test_parameters_that_are_pulled_into_are_of_that_version_where_old_ones_may_be_read(comm, transport):
+    """Each version is a number."""
+    with PartialReduce(comm, like=np.zeros(4), policy=Async(1)) as reduction:
+        if reduction.is_root:
+            for step in reduction.serve(30):
+                step.publish(np.full(4, step.step + 1.0))
+        else:
+            theta = reduction.parameters
+            while reduction.pull(theta):
+                assert (theta == reduction._worker.version).all()
+                reduction.push(np.ones(4))
+            assert (theta == 30).all(), "also for whoever keeps the array"
+    assert (reduction.parameters == 30).all()
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -228,7 +244,7 @@ def test_a_like_that_one_rank_cannot_use_is_refused_on_all(comm, rank):
         (np.zeros(2, int), "dtype must be one of float64, .* not int64"),
         (np.zeros(2, ">f8"), "dtype must be one of float64, .* not >f8"),
         (np.zeros((0, 3)), r"like must have elements, but its shape is \[0, 3\]"),
-        (Foreign(torch.zeros(2), (2, 0)), "like is on a CUDA device"),
+        (Foreign(torch.zeros(2), (10, 0)), "like is on a ROCm device: .* or give every array, `like` too, on one CUDA"),
     ):
         with pytest.raises(ValueError, match=f"rank {rank}: {says}"):
             PartialReduce(comm, like=like if comm.rank == rank else np.zeros(2))

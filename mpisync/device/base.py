@@ -148,6 +148,16 @@ class Memory(abc.ABC):
         """Return what an array holds, when all before is done; the host's as they are, without a copy."""
 
     @abc.abstractmethod
+    def imported(self, thing: Any) -> Array:
+        """Return an array that looks into another library's, by DLPack.
+
+        What its library has begun with it is done before what is done to the array here.
+
+        Args:
+            thing: Flat and contiguous, in this memory, of a dtype that NumPy has.
+        """
+
+    @abc.abstractmethod
     def address(self, array: Array) -> int:
         """Return where an array begins, to tell whether two are one."""
 

@@ -158,6 +158,18 @@ class CudaMemory(Memory):
         self.finish()
         return found
 
+    def imported(self, thing: Any) -> Array:
+        """Return an array that looks into another library's, ordered behind what that has begun."""
+        import torch
+        from torch.utils.dlpack import from_dlpack
+
+        # torch's stream waits for the library's own, which for CuPy's arrays is CuPy's of this moment: ask before it is
+        # changed
+        with torch.cuda.device(self.index):
+            tensor = from_dlpack(thing)
+        with self._stream():
+            return self._cupy.from_dlpack(tensor)
+
     def address(self, array: Array) -> int:
         """Return where an array begins."""
         return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
@@ -264,7 +276,7 @@ def _cupy() -> Any:
         ValueError: It is missing, of another CUDA than torch, or finds no card.
     """
     if not (wanted := _cuda()):
-        raise ValueError("a model on a card needs a torch that was built with CUDA, and this one was not")
+        raise ValueError("what is on a card needs a torch that was built with CUDA, and this one was not")
     try:
         import cupy
     except ImportError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mpisync.device.base import ALIGNMENT, Memory
@@ -54,6 +56,10 @@ class HostMemory(Memory):
     def to_host(self, array: np.ndarray) -> np.ndarray:
         """Return the array."""
         return array
+
+    def imported(self, thing: Any) -> np.ndarray:
+        """Return an array that looks into another library's."""
+        return np.from_dlpack(thing)
 
     def address(self, array: np.ndarray) -> int:
         """Return where an array begins."""

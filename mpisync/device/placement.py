@@ -1,4 +1,4 @@
-"""The memory that a rank computes in: a worker's is its model's, the root's by MPISYNC_DEVICE."""
+"""The memory that a rank computes in: a worker's is its model's or its arrays', the root's by MPISYNC_DEVICE."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def memory_of(model: nn.Module) -> Memory | None:
         ValueError: The card cannot be used.
     """
     device = next(model.parameters()).device
-    return _card(device.index or 0) if device.type == "cuda" else None
+    return card(device.index or 0) if device.type == "cuda" else None
 
 
 def placed(own: Memory | None, needed_bytes: int) -> Memory | None:
     """Return the memory in which the root reduces; None for the host's.
 
     Args:
-        own: That of its model.
+        own: That of its model, or of its arrays.
         needed_bytes: How much of it a run takes.
 
     Raises:
@@ -35,7 +35,7 @@ def placed(own: Memory | None, needed_bytes: int) -> Memory | None:
     asked = str(settings.read("MPISYNC_DEVICE"))
     if asked == "cpu":
         return None
-    memory = own if asked == "auto" else _card(int(asked.partition(":")[2] or 0))
+    memory = own if asked == "auto" else card(int(asked.partition(":")[2] or 0))
     if memory is not None and needed_bytes > memory.free_bytes():
         print(
             f"mpisync: gradients of all workers, their sum and the parameters take {needed_bytes / 1e6:.0f} MB, and "
@@ -47,7 +47,12 @@ def placed(own: Memory | None, needed_bytes: int) -> Memory | None:
     return memory
 
 
-def _card(index: int) -> Memory:
+def card(index: int) -> Memory:
+    """Return the memory of a card, by its number in this process.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
     from mpisync.device.cuda import CudaMemory  # CuPy is imported by those who have a card
 
     return CudaMemory(index)

@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+import abc
+import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
+from mpisync.device.base import Array, Memory
 from mpisync.kernels.dtypes import Dtype, dtype_of
 
-_HOSTS = (1, 3)  # DLPack's numbers of host memory: plain, and page-locked for CUDA
-_DEVICES = {2: "a CUDA device", 4: "an OpenCL device", 7: "a Vulkan device", 8: "a Metal device", 10: "a ROCm device"}
+HOSTS = (1, 3)  # DLPack's numbers of host memory: plain, and page-locked for CUDA
+CUDA = 2
+_NAMES = {
+    CUDA: "a CUDA device", 4: "an OpenCL device", 7: "a Vulkan device", 8: "a Metal device", 10: "a ROCm device"
+}  # fmt: skip
 _TO_HOST = (
-    "arrays travel in host memory; copy it there first (torch: tensor.cpu(), CuPy: array.get(), JAX: jax.device_get)"
+    "arrays must be where `like` is, in host memory; copy it there first (torch: tensor.cpu(), CuPy: array.get(), "
+    "JAX: jax.device_get), or give every array, `like` too, on one CUDA device"
 )
 
 
-class ArrayForm:
-    """The form that all arrays of a `PartialReduce` have: `like`'s shape and dtype.
+class Form(abc.ABC):
+    """The form that all arrays of a `PartialReduce` have: `like`'s shape and dtype, in `like`'s memory.
 
-    Inside, an array is what NumPy and the kernels can hold, of the dtype's `storage`: the bits, for 16-bit floats.
+    Inside, an array is flat, and of the dtype's `storage`: the bits, for 16-bit floats.
 
     Args:
-        like: An array of that form.
+        plain: `like`, as an array or a tensor.
 
     Attributes:
         shape: The shape.
         dtype: The dtype.
+        memory: Of the device that arrays are on; None for the host's.
+        lends: Whether users work in the memory that ranks share; else in memory of their own.
 
     Raises:
-        TypeError: It is no array, or its dtype cannot be aggregated.
-        ValueError: It has no element, or is not in host memory.
+        TypeError: Its dtype cannot be aggregated.
+        ValueError: It has no element.
     """
 
-    def __init__(self, like: Any) -> None:
-        plain = _plain(like, "like")
+    memory: Memory | None = None
+    lends: ClassVar[bool]
+
+    def __init__(self, plain: Any) -> None:
         self.dtype: Dtype = dtype_of(plain)
         self.shape: tuple[int, ...] = tuple(plain.shape)
         if 0 in self.shape:
             raise ValueError(f"like must have elements, but its shape is {list(self.shape)}: nothing is to reduce")
-        self._is_tensor = not isinstance(plain, np.ndarray)
-        self._numpy_dtype = None if self._is_tensor else plain.dtype  # of what users are given; ml_dtypes' bfloat16 too
 
-    def taken(self, thing: Any, what: str) -> np.ndarray:
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def is_in(self, memory: Memory) -> bool:
+        """Say whether arrays of this form lie in `memory`."""
+
+    @abc.abstractmethod
+    def allocate(self, dtype: np.dtype[Any]) -> Array:
+        """Return flat memory for an array, zeroed, with elements of `dtype`."""
+
+    @abc.abstractmethod
+    def taken(self, thing: Any, what: str) -> Array:
         """Return the elements of an array that was handed in: flat, and without a copy where it is contiguous.
 
         Args:
@@ -51,33 +75,102 @@ class ArrayForm:
 
         Raises:
             TypeError: It is no array.
-            ValueError: It is of another shape or dtype, or not in host memory.
+            ValueError: It is of another shape or dtype, or elsewhere.
         """
+
+    @abc.abstractmethod
+    def target(self, thing: Any, what: str) -> Any:
+        """Return a view, of this shape, of an array that is to be written to.
+
+        Raises:
+            TypeError: It is no array.
+            ValueError: It is of another shape or dtype, or elsewhere, or cannot be written to.
+        """
+
+    def is_one(self, target: Any, flat: Array) -> bool:
+        """Say whether a target is a view of flat memory that ranks share, which nobody but its owner may write to."""
+        return False
+
+    @abc.abstractmethod
+    def fill(self, target: Any, read: Callable[[Array], object]) -> None:
+        """Have `read` write the bytes of a target."""
+
+    @abc.abstractmethod
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy flat memory, unless the two are one; one of them may be another memory's than this form's."""
+
+    @abc.abstractmethod
+    def given(self, storage: Array) -> Any:
+        """Return flat storage, or a mean in the accumulator's dtype, as users see it: a tensor if `like` is one."""
+
+    def _check(self, plain: Any, what: str) -> None:
+        name = str(plain.dtype).removeprefix("torch.")
+        if tuple(plain.shape) != self.shape or name != self.dtype.name:
+            raise ValueError(
+                f"{what} must be {list(self.shape)} {self.dtype.name} as `like` is, but this is {list(plain.shape)} "
+                f"{name}: reshape or convert it first"
+            )
+
+
+class ArrayForm(Form):
+    """The form of arrays in host memory.
+
+    Args:
+        like: An array of that form.
+
+    Raises:
+        TypeError: It is no array, or its dtype cannot be aggregated.
+        ValueError: It has no element, or is not in host memory.
+    """
+
+    lends = True
+
+    def __init__(self, like: Any) -> None:
+        plain = _plain(like, "like")
+        super().__init__(plain)
+        self._is_tensor = not isinstance(plain, np.ndarray)
+        self._numpy_dtype = None if self._is_tensor else plain.dtype  # of what users are given; ml_dtypes' bfloat16 too
+
+    def is_in(self, memory: Memory) -> bool:
+        """Say whether that is the host's memory."""
+        return memory.is_host
+
+    def allocate(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """Return flat memory for an array, zeroed."""
+        return np.zeros(self.size, dtype)
+
+    def taken(self, thing: Any, what: str) -> np.ndarray:
+        """Return the elements of an array that was handed in."""
         array = self._checked(thing, what)
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.array(array, order="C")
         return array.reshape(-1)
 
     def target(self, thing: Any, what: str) -> np.ndarray:
-        """Return a view, of this shape, of an array that is to be written to.
-
-        Raises:
-            TypeError: It is no array.
-            ValueError: It is of another shape or dtype, or cannot be written to.
-        """
+        """Return a view of an array that is to be written to."""
         array = self._checked(thing, what)
-        steps = zip(array.strides, array.shape, strict=True)
-        overlaps = any(stride == 0 and count > 1 for stride, count in steps)
-        if isinstance(thing, np.generic) or not array.flags.writeable or overlaps:
-            why = "expanded, with elements that share memory" if overlaps else "read-only"
-            raise ValueError(
-                f"{what} must be writable, but this {type(thing).__name__} is {why}: pull into an array or tensor that "
-                "owns its memory"
-            )
+        is_read_only = isinstance(thing, np.generic) or not array.flags.writeable
+        check_target(thing, what, array, array.strides, is_read_only=is_read_only)
         return array
 
+    def is_one(self, target: np.ndarray, flat: np.ndarray) -> bool:
+        """Say whether both begin at the same place."""
+        return target.ctypes.data == flat.ctypes.data
+
+    def fill(self, target: np.ndarray, read: Callable[[np.ndarray], object]) -> None:
+        """Have `read` write the bytes of a target."""
+        whole = target if target.flags.c_contiguous else np.empty(target.shape, target.dtype)
+        read(whole.reshape(-1).view(np.uint8))
+        if whole is not target:
+            np.copyto(target, whole)
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy flat memory, unless the two are one."""
+        if source.ctypes.data != target.ctypes.data:
+            np.copyto(target, source)
+
     def given(self, storage: np.ndarray) -> Any:
-        """Return flat storage, or a mean in the accumulator's dtype, as users see it: a tensor if `like` is one."""
+        """Return flat memory as users see it."""
         own = storage.dtype == self.dtype.storage
         if self._is_tensor:
             import torch
@@ -88,12 +181,7 @@ class ArrayForm:
 
     def _checked(self, thing: Any, what: str) -> np.ndarray:
         plain = _plain(thing, what)
-        name = str(plain.dtype).removeprefix("torch.")
-        if tuple(plain.shape) != self.shape or name != self.dtype.name:
-            raise ValueError(
-                f"{what} must be {list(self.shape)} {self.dtype.name} as `like` is, but this is {list(plain.shape)} "
-                f"{name}: reshape or convert it first"
-            )
+        self._check(plain, what)
         if not isinstance(plain, np.ndarray):
             import torch
 
@@ -109,15 +197,10 @@ def _plain(thing: Any, what: str) -> Any:
         return np.asarray(thing)
     if (torch := sys.modules.get("torch")) is not None and isinstance(thing, torch.Tensor):
         return _plain_tensor(thing, what)
-    if not (hasattr(thing, "__dlpack__") and hasattr(thing, "__dlpack_device__")):
-        raise TypeError(
-            f"{what} must be a NumPy array, a CPU tensor or another array that speaks DLPack, not "
-            f"{'None' if thing is None else f'a {type(thing).__name__}'}; numpy.asarray makes one of numbers"
-        )
-    device, _ = thing.__dlpack_device__()
-    if int(device) not in _HOSTS:
-        where = _DEVICES.get(int(device), f"a device of DLPack's kind {int(device)}")
-        raise ValueError(f"{what} is on {where}: {_TO_HOST}")
+    check_speaks_dlpack(thing, what, "a NumPy array, a CPU tensor")
+    device = int(thing.__dlpack_device__()[0])
+    if device not in HOSTS:
+        raise ValueError(f"{what} is on {name_of(device)}: {_TO_HOST}")
     return _imported(thing, what)
 
 
@@ -136,14 +219,64 @@ def _imported(thing: Any, what: str) -> Any:
 
 
 def _plain_tensor(tensor: Any, what: str) -> Any:
+    check_tensor(tensor, what)
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{what} is on {tensor.device}: {_TO_HOST}")
+    return tensor
+
+
+def check_tensor(tensor: Any, what: str) -> None:
+    """Refuse a tensor whose memory does not hold its elements, or that is part of a graph.
+
+    Raises:
+        TypeError: It is not dense.
+        ValueError: It requires grad, or is a lazy view.
+    """
     import torch
 
     if tensor.is_nested or tensor.layout is not torch.strided:
         raise TypeError(f"{what} is a sparse or nested tensor: give a dense one, such as tensor.to_dense()")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{what} is on {tensor.device}: {_TO_HOST}")
     if tensor.requires_grad:
         raise ValueError(f"{what} requires grad, and none would flow through it: give tensor.detach()")
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError(f"{what} is a lazy negation or conjugate: give tensor.resolve_neg().resolve_conj()")
-    return tensor
+
+
+def check_target(thing: Any, what: str, view: Any, strides: tuple[int, ...], *, is_read_only: bool) -> None:
+    """Refuse a target that cannot be written to.
+
+    Args:
+        thing: What was handed in.
+        what: What to call it.
+        view: Of it, an array or a tensor.
+        strides: The view's.
+        is_read_only: Whether it says so.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    overlaps = any(stride == 0 and count > 1 for stride, count in zip(strides, view.shape, strict=True))
+    if is_read_only or overlaps:
+        why = "expanded, with elements that share memory" if overlaps else "read-only"
+        raise ValueError(
+            f"{what} must be writable, but this {type(thing).__name__} is {why}: pull into an array or tensor that "
+            "owns its memory"
+        )
+
+
+def check_speaks_dlpack(thing: Any, what: str, such_as: str) -> None:
+    """Refuse what is no array.
+
+    Raises:
+        TypeError: It does not speak DLPack.
+    """
+    if not (hasattr(thing, "__dlpack__") and hasattr(thing, "__dlpack_device__")):
+        raise TypeError(
+            f"{what} must be {such_as} or another array that speaks DLPack, not "
+            f"{'None' if thing is None else f'a {type(thing).__name__}'}; numpy.asarray makes one of numbers"
+        )
+
+
+def name_of(kind: int) -> str:
+    """Return what people call a device of DLPack's `kind`."""
+    return _NAMES.get(kind, f"a device of DLPack's kind {kind}")

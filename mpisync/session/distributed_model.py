@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mpi4py import MPI
 from torch import nn
 from torch.optim import Optimizer
 
 from mpisync.aggregation.participant import Participant, bytes_at_root, compile_at_root
-from mpisync.device.base import Array, Memory, aligned
+from mpisync.device.base import Array, aligned
 from mpisync.device.host import aligned_bytes
 from mpisync.device.placement import memory_of, placed
 from mpisync.kernels.jit import check_jit
@@ -24,7 +24,7 @@ from mpisync.model.scheduler import check_schedulers
 from mpisync.model.signature import difference
 from mpisync.model.tensor_layout import Views
 from mpisync.model.validation import check_model_and_optimizers
-from mpisync.session.options import Options, problem_of
+from mpisync.session.options import Options, made_or_problem, problem_of
 from mpisync.session.recorder import check_replay
 from mpisync.transport.collectives import broadcast, exchange
 from mpisync.transport.layout import BLOCK_BYTES, Layout
@@ -54,7 +54,7 @@ class DistributedModel:
         )
         if problem:
             meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank
-        own, problem = _memory_or_problem(lambda: memory_of(model))
+        own, problem = made_or_problem(lambda: memory_of(model))
         self.flat = FlatModel(model, on_host=own is None or own.is_host)
         self.presence_bytes = aligned(len(self.flat.parameters))
         self.segments = len(self.flat.segments)
@@ -72,7 +72,7 @@ class DistributedModel:
         }
         if comm.rank == comm.size - 1 and not problem:
             needed_bytes = bytes_at_root(layout, published, comm.size - 1, options.policy)
-            own, problem = _memory_or_problem(lambda: placed(own, needed_bytes))
+            own, problem = made_or_problem(lambda: placed(own, needed_bytes))
         if problem:
             meet(comm, Proposal("", problem), _differ)
         content = json.dumps([said, self.flat.signature().decode()])
@@ -121,14 +121,6 @@ class DistributedModel:
             if place.offset - 8 < element < place.offset + place.count and segment.offset <= offset + 7:
                 return place.name
         return "a buffer, or an average"
-
-
-def _memory_or_problem(choose: Callable[[], Memory | None]) -> tuple[Memory | None, str]:
-    """Return a memory and "", or None and what is wrong with it."""
-    try:
-        return choose(), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 def _differ(root: str, here: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mpi4py import MPI
 
@@ -12,6 +12,8 @@ from mpisync import settings
 from mpisync.aggregation.late_work import LateWork
 from mpisync.policies import BackupWorkers, Policy, parse_policy
 from mpisync.records import StepRecord
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ def check_communicator(comm: object) -> None:
 
 def problem_of(check: Callable[[], object]) -> str:
     """Return the text of the error that `check` raises, for the other ranks; "" if it raises none."""
+    return made_or_problem(check)[1]
+
+
+def made_or_problem(make: Callable[[], _T]) -> tuple[_T | None, str]:
+    """Return what `make` makes and "", or None and the text of the error that it raises, for the other ranks."""
     try:
-        check()
+        return make(), ""
     except (ValueError, TypeError) as error:
-        return str(error)
-    return ""
+        return None, str(error)

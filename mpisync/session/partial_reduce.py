@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -13,20 +12,25 @@ from mpi4py import MPI
 
 from mpisync.aggregation.closed_step import ClosedStep
 from mpisync.aggregation.errors import PeerFailed
-from mpisync.aggregation.participant import Participant, compile_at_root
+from mpisync.aggregation.participant import Participant, bytes_at_root, compile_at_root
 from mpisync.aggregation.root import Root
 from mpisync.aggregation.shutdown import leave_root, leave_worker
 from mpisync.aggregation.verdict import Verdict
 from mpisync.aggregation.worker import Worker
+from mpisync.device.base import Array
+from mpisync.device.placement import placed
 from mpisync.kernels.jit import check_jit
 from mpisync.policies import Policy
 from mpisync.records import StepRecord
 from mpisync.session.arguments import optional_number, whole
-from mpisync.session.arrays import ArrayForm
-from mpisync.session.options import check_communicator, chosen_policy, problem_of
+from mpisync.session.arrays import Form
+from mpisync.session.device_arrays import form_of
+from mpisync.session.options import check_communicator, chosen_policy, made_or_problem
 from mpisync.transport.layout import Layout
 from mpisync.transport.rendezvous import Proposal, check_launcher, meet
 from mpisync.transport.wire import GradientInfo
+
+_BYTES = np.dtype(np.uint8)
 
 
 class ReducedStep:
@@ -41,25 +45,25 @@ class ReducedStep:
     """
 
     def __init__(
-        self, closed: ClosedStep, form: ArrayForm, target: np.ndarray, is_open: Callable[[int], bool]
+        self, closed: ClosedStep, mean: Any, write: Callable[[Any], None], is_open: Callable[[int], bool]
     ) -> None:
-        self._closed, self._form, self._target, self._is_open = closed, form, target, is_open
+        self._closed, self._write, self._is_open = closed, write, is_open
         self.step, self.accepted, self.finite = closed.step, closed.accepted, closed.finite
-        self.mean: Any = form.given(closed.mean[0])
+        self.mean = mean
 
     def publish(self, parameters: Any) -> StepRecord:
         """Make `parameters` the next version.
 
         Args:
             parameters: An array of the shape and dtype of `like`, of any kind that is taken for it.
-                `PartialReduce.parameters` is published without a copy.
+                `PartialReduce.parameters` is published without a copy, where the root reduces in their memory.
 
         Returns:
             What happened in the step.
 
         Raises:
             TypeError: It is no array.
-            ValueError: It is of another shape or dtype, or not in host memory.
+            ValueError: It is of another shape or dtype, or not where `like` is.
             RuntimeError: This step was published before, or the training has ended.
         """
         if not self._is_open(self.step):
@@ -67,9 +71,7 @@ class ReducedStep:
                 f"step {self.step} was published already, or the training has ended: publish each step once, inside "
                 "the loop over serve"
             )
-        values = self._form.taken(parameters, "the parameters")
-        if values.ctypes.data != self._target.ctypes.data:
-            np.copyto(self._target, values)
+        self._write(parameters)
         return self._closed.publish()
 
 
@@ -82,22 +84,24 @@ class PartialReduce:
     Args:
         comm: The communicator; a private duplicate is used.
         like: An array of the gradients' shape and dtype (float64, float32, float16, or bfloat16). Here and elsewhere
-            that is a NumPy array, a CPU tensor, or any array in host memory that speaks DLPack.
+            that is a NumPy array, a tensor, or any array that speaks DLPack, in host memory or on a CUDA device:
+            all of a rank's are where its `like` is. Ranks may differ in that.
         policy: When a step closes and which gradients count. MPISYNC_POLICY goes before it.
         parameters: On the root: the values of version 0, of the shape and dtype of `like`.
             Without it they are zeros.
 
     Attributes:
         parameters: The parameters in memory that the root shares with the workers of its node, for
-            use without copies; the root's own memory elsewhere. A worker must not write to it. After
+            use without copies; the root's own memory elsewhere. A worker must not write to it. On a worker with
+            its arrays on a device, or whose policy lets old versions count, it is what was pulled into it. After
             `free`, the final parameters, a copy of one's own.
         gradient: On a worker: where its gradient goes; fill it and `push` it to save a copy.
 
-    Both, and a step's mean, are tensors where `like` is a tensor, else NumPy arrays.
+    Both, and a step's mean, are tensors where `like` is a tensor, else NumPy arrays, on a device CuPy arrays.
 
     Raises:
-        ValueError: Fewer than two ranks, arrays that differ between ranks or cannot be used, or a policy that could
-            never close a step; on every rank.
+        ValueError: Fewer than two ranks, arrays that differ between ranks or cannot be used, a device that cannot, or
+            a policy that could never close a step; on every rank.
 
     Example:
         Run with ``mpirun -n 5 python script.py``::
@@ -136,37 +140,51 @@ class PartialReduce:
                 "PartialReduce needs a root and at least one worker, but the communicator has one "
                 "rank: start the script with `mpisync run -n 3 ...` or mpirun"
             )
-        problem = (
-            problem_of(check_jit)
-            or problem_of(lambda: ArrayForm(like))
-            or problem_of(lambda: chosen_policy(policy).check(comm.size - 1))
-        )
-        if parameters is not None and not problem:
-            problem = problem_of(lambda: ArrayForm(like).taken(parameters, "the parameters"))
-        if problem:
+
+        def prepare() -> tuple[Form, Policy]:
+            check_jit()
+            form, chosen = form_of(like), chosen_policy(policy)
+            chosen.check(comm.size - 1)
+            if parameters is not None:
+                form.taken(parameters, "the parameters")
+            return form, chosen
+
+        made, problem = made_or_problem(prepare)
+        if made is None:
             meet(comm, Proposal("", problem), _differ)  # which raises it, on every rank
-        self._form, policy = ArrayForm(like), chosen_policy(policy)
-        shape, dtype = self._form.shape, self._form.dtype
-        layout = Layout.of([(dtype.name, math.prod(shape))])
-        content = json.dumps({"dtype": dtype.name, "shape": list(shape), "policy": str(policy)})
+        assert made is not None
+        form, policy = made
+        self._form, dtype = form, form.dtype
+        layout = Layout.of([(dtype.name, form.size)])
+        own = form.memory
+        if own is not None and comm.rank == comm.size - 1:
+            needed_bytes = bytes_at_root(layout, layout, comm.size - 1, policy)
+            own, problem = made_or_problem(lambda: placed(form.memory, needed_bytes))
+        content = json.dumps({"dtype": dtype.name, "shape": list(form.shape), "policy": str(policy)})
         compile_at_root(comm, layout)
-        meeting = meet(comm, Proposal(content), _differ)
-        self._participant = Participant(meeting, layout, layout, policy)
+        meeting = meet(comm, Proposal(content, problem), _differ)
+        self._participant = Participant(meeting, layout, layout, policy, own)
         self.is_root = self._participant.is_root
         self._root: Root | None = None
         self._worker: Worker | None = None
+        self._mean: Array | None = None  # where users see it, if it is not made there
         if self.is_root:
-            self._flat: np.ndarray = layout.arrays(self._participant.parameters)[0]
+            self._home = self._flat = layout.arrays(self._participant.parameters)[0]
+            self._owns_flat = not form.is_in(self._participant.memory)
+            if self._owns_flat:
+                self._flat, self._mean = form.allocate(dtype.storage), form.allocate(dtype.accumulator)
             if parameters is not None:
-                np.copyto(self._flat, self._form.taken(parameters, "the parameters"))
+                self._write(parameters)
             self._root = self._participant.root()
         else:
             self._worker = self._participant.worker()
             link = self._worker.link
-            self._flat = layout.arrays(link.parameters)[0]
             self._slot = layout.arrays(link.gradient)[0]
-            self.gradient: Any = self._form.given(self._slot)
-        self.parameters: Any = self._form.given(self._flat)
+            self._packs = form.is_in(link.memory)  # gradients straight into their slot
+            self.gradient: Any = form.given(self._slot if form.lends else form.allocate(dtype.storage))
+            self._owns_flat = not (form.lends and self._participant.reads_in_place)
+            self._flat = form.allocate(dtype.storage) if self._owns_flat else layout.arrays(link.parameters)[0]
+        self.parameters: Any = form.given(self._flat)
         if not self.is_root and isinstance(self.parameters, np.ndarray):
             self.parameters.flags.writeable = False  # whoever writes to what all share is told at the line
         self._closed = -1  # the newest step that was handed out at the root
@@ -187,9 +205,17 @@ class PartialReduce:
         if self._root is None:
             raise RuntimeError("serve is the root's: workers pull and push")
         for closed in self._root.serve(None if steps is None else whole("steps", steps, 0)):
-            self._closed = closed.step
-            yield ReducedStep(closed, self._form, self._flat, self._is_open)
+            self._closed, mean = closed.step, closed.mean[0]
+            if self._mean is not None:
+                self._form.copy(mean, self._mean)
+                mean = self._mean
+            yield ReducedStep(closed, self._form.given(mean), self._write, self._is_open)
         self.free()
+
+    def _write(self, parameters: Any) -> None:
+        """Write the next version to where users see it, and to where it is published from."""
+        self._form.copy(self._form.taken(parameters, "the parameters"), self._flat)
+        self._form.copy(self._flat, self._home)
 
     def _is_open(self, step: int) -> bool:
         return not self._freed and self._root is not None and self._root.version == step
@@ -208,19 +234,19 @@ class PartialReduce:
         """
         worker = self._as_worker("pull")
         target = None if parameters is self.parameters else self._form.target(parameters, "the parameters")
-        if target is not None and target.ctypes.data == self._flat.ctypes.data and target.size:
+        if target is not None and self._form.is_one(target, self._flat):
             target = None  # another view of the same
         running = not self._freed and worker.pull() is not None
         if not running:
             self._leave(None)
-        if target is not None and running:
-            whole_copy = target if target.flags.c_contiguous else np.empty(target.shape, target.dtype)
-            worker.read(whole_copy.reshape(-1).view(np.uint8))
-            if whole_copy is not target:
-                np.copyto(target, whole_copy)
-        elif target is not None:
-            np.copyto(target, self._flat.reshape(target.shape))
+        if target is not None:
+            self._form.fill(target, worker.read if running else self._read_final)
+        elif running and self._owns_flat:
+            worker.read(self._flat.view(_BYTES))
         return running
+
+    def _read_final(self, target: Array) -> None:
+        self._form.copy(self._flat.view(_BYTES), target)
 
     def push(self, gradient: Any | None = None, *, samples: int = 1, loss: float | None = None) -> Verdict:
         """Send a gradient and wait for its verdict.
@@ -235,7 +261,7 @@ class PartialReduce:
 
         Raises:
             TypeError: An argument is of a wrong type.
-            ValueError: The gradient is of another shape or dtype, or not in host memory; or there are no samples.
+            ValueError: The gradient is of another shape or dtype, or not where `like` is; or there are no samples.
             RuntimeError: Nothing was pulled yet, or the training has ended.
             PeerFailed: Another rank failed.
         """
@@ -245,11 +271,16 @@ class PartialReduce:
         if worker.version < 0:
             raise RuntimeError("push comes before pull: a gradient is computed on the parameters that pull brings")
         samples, value = whole("samples", samples, 1), optional_number("loss", loss)
-        reducer, dtype = self._participant.memory.reducer, self._form.dtype
-        if gradient is None or gradient is self.gradient:  # it is in its slot already
-            peak = reducer.peak(self._slot, dtype)
+        memory, dtype = self._participant.memory, self._form.dtype
+        gradient = self.gradient if gradient is None else gradient
+        if gradient is self.gradient and self._form.lends:  # it is in its slot already
+            peak = memory.reducer.peak(self._slot, dtype)
+        elif self._packs:
+            peak = memory.reducer.pack(self._form.taken(gradient, "the gradient"), self._slot, dtype)
         else:
-            peak = reducer.pack(self._form.taken(gradient, "the gradient"), self._slot, dtype)
+            taken = self._form.taken(gradient, "the gradient")
+            peak = memory.reducer.peak(taken, dtype)
+            memory.copy(taken, self._slot)
         worker.handed += samples
         return worker.push(GradientInfo(samples, value, peak=peak))
 
@@ -286,16 +317,19 @@ class PartialReduce:
                 f"step {self._closed} was closed but not published: call step.publish() before leaving the loop over "
                 "serve"
             )
-        final = self._flat.copy()
+        final = self._flat
         try:
+            if not self._owns_flat:
+                final = self._form.allocate(self._form.dtype.storage)
+                self._form.copy(self._flat, final)
             if self._worker is not None and error is None:
                 self._worker.finish()
-                self._worker.read(final.view(np.uint8))
+                self._worker.read(final.view(_BYTES))
         except PeerFailed as failed:
             error = failed
             raise
         finally:
-            self._flat = self._slot = final  # let go of shared memory
+            self._flat = self._slot = self._home = final  # let go of shared memory
             self.parameters = self.gradient = self._form.given(final)
             if self._root is not None:
                 leave_root(self._root, error)
