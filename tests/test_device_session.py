@@ -13,6 +13,7 @@ from torch import nn
 from training import DATA, WORKERS, flat, new_model, on_union, sgd, train
 
 import mpisync
+from mpisync.aggregation import participant
 from mpisync.device import placement
 from mpisync.session import distributed_model
 from mpisync.transport.shared import SharedRootLink, SharedWorkerLink
@@ -227,6 +228,7 @@ def test_where_a_device_cannot_be_reached_gradients_come_to_the_host(comm, monke
 
 @pytest.mark.parallel(WORKERS + 1)
 def test_where_gradients_stay_is_said_and_recorded(comm, device, capfd, tmp_path):
+    participant._tell_once.cache_clear()  # another test may have had it said
     path = comm.bcast(str(tmp_path / "record.jsonl"))
     session = equals_one_process(comm, record=path)
     if session.worker is None:
