@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -320,8 +321,10 @@ owned.play(sleep_s=0.0)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_tasks_end_with_who_started_them(namesake, number):
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, namesake], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+        [sys.executable, "-c", OWNER, namesake], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        # which is ignored where tests run behind a shell
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         wait_for((namesake.parent / "modules/tensorflow/playing").exists)

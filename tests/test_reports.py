@@ -237,7 +237,7 @@ def test_totals_of_the_story(story):
     assert (told.samples, told.rate, told.rate_per_rank) == (24, 24 / 4.5, 8 / 4.5)
     assert told.travelled_bytes == (3000, 3000) and told.lasts.tolist() == [3, 0]
     assert told.typical_s == pytest.approx([0.75, 0.5])
-    assert told.curve.loss.tolist() == [4, 2, 1]
+    assert told.curve.values.tolist() == [4, 2, 1]
     assert told.curve.time_s == pytest.approx([1.4, 3.0, 4.5])
     assert told.curve.samples.tolist() == [8, 16, 24]
 
@@ -248,7 +248,7 @@ def test_a_long_curve_is_binned_and_keeps_its_extremes(tmp_path):
     steps[500] = replace(steps[500], arrivals=[replace(arrival, loss=50.0)])
     curve = figures(read_run(write(tmp_path / "record.jsonl", steps, header))).curve
     assert len(curve) == 120 and curve.high.max() == 50.0 and curve.time_s[-1] == 1000
-    assert (curve.low <= curve.loss).all() and (curve.loss <= curve.high).all()
+    assert (curve.low <= curve.values).all() and (curve.values <= curve.high).all()
 
 
 def plain(lines):
@@ -303,7 +303,7 @@ def test_accepted_gradients_of_a_step_are_all_in_its_loss(tmp_path):
     header, steps = played("backup:0", [[1.0], [2.0]], 2)
     arrivals = [replace(steps[0].arrivals[0], loss=1.0), replace(steps[0].arrivals[1], loss=3.0)]
     run = read_run(write(tmp_path / "r", [replace(steps[0], arrivals=arrivals), steps[1]], header))
-    assert figures(run).curve.loss[0] == 2.0
+    assert figures(run).curve.values[0] == 2.0
     assert (run.gradients["verdict"] == ACCEPTED).all()
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from training import WORKERS
 
 import mpisync
+from mpisync.device.host import HostMemory
 from mpisync.model.update import Update, _matches_torch_rounding
 
 STEPS = 4
@@ -104,7 +105,6 @@ def test_nothing_that_a_script_sets_changes_a_session(comm, monkeypatch, transpo
     momentum = options.pop("momentum", 0.0)
     results = {}
     for state in STATES:
-        _matches_torch_rounding.cache_clear()
         model = made()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=momentum)
         batches = list(torch.utils.data.DataLoader(data(), 8))
@@ -118,12 +118,10 @@ def test_nothing_that_a_script_sets_changes_a_session(comm, monkeypatch, transpo
 
 @pytest.mark.parametrize("state", STATES)
 def test_plain_sgd_is_fused_all_the_same(state):
-    _matches_torch_rounding.cache_clear()
-    fused = _matches_torch_rounding()
-    _matches_torch_rounding.cache_clear()
+    memory = HostMemory()
+    fused = _matches_torch_rounding(memory)
     with STATES[state]():
-        assert _matches_torch_rounding() is fused
-    _matches_torch_rounding.cache_clear()
+        assert _matches_torch_rounding(memory) is fused
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -161,7 +159,8 @@ def test_half_precision_is_summed_in_float32(state):
         mean = flat.views([torch.ones(count, dtype=torch.float32) for _, count in flat.segments])
         flat.assign_gradients(mean, b"\1" * len(flat.parameters))
     assert all(p.grad.dtype is torch.bfloat16 and (p.grad == 1).all() for p in flat.parameters)
-    assert Update(flat.parameters, [torch.optim.SGD(flat.parameters, lr=0.1)]).spans(flat.places)
+    memory = HostMemory()
+    assert Update(flat.parameters, [torch.optim.SGD(flat.parameters, lr=0.1)], memory=memory).spans(flat.places)
     for clips in ({"clip_norm": 1.0}, {"clip_value": 1.0}):
-        update = Update(flat.parameters, [torch.optim.SGD(flat.parameters, lr=0.1)], **clips)
+        update = Update(flat.parameters, [torch.optim.SGD(flat.parameters, lr=0.1)], memory=memory, **clips)
         assert update.spans(flat.places) == []
